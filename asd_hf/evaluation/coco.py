@@ -1,0 +1,189 @@
+"""COCO's twelve numbers, exactly: collecting over ranks, the `evaluate` metric, and the table for the terminal.
+
+Backend: faster-coco-eval, whose numbers are those of pycocotools.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import datasets
+import evaluate
+import faster_coco_eval
+import numpy as np
+import torch.distributed as dist
+from faster_coco_eval import COCO, COCOeval_faster
+from torch import Tensor
+
+from asd_hf.errors import UserError  # absolute: `evaluate.load` runs a copy of this file outside the package
+
+STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+class ImageResult(NamedTuple):
+    """One image's predictions and ground truth; boxes are (x, y, w, h) in pixels of the image file."""
+
+    predictions: np.ndarray  # (K, 6): box, score, class index
+    ground_truth: np.ndarray  # (G, 7): box, area, iscrowd, class index
+    size: tuple[int, int]  # (height, width)
+
+
+class CocoEvaluator:
+    """Collects predictions and ground truth by image id, on any number of ranks, and scores them.
+
+    It keeps the rows that it is given and nothing else: K * 48 bytes an image, where K is `postprocess`'s top_k.
+
+    Args:
+        class_names: name of each class index.
+        category_ids: the data's own category id of each class index, for result files; 1 to C by default.
+    """
+
+    def __init__(self, class_names: Sequence[str], category_ids: Sequence[int] | None = None) -> None:
+        self.class_names = list(class_names)
+        self.category_ids = list(category_ids) if category_ids is not None else list(range(1, len(class_names) + 1))
+        self.images: dict[int, ImageResult] = {}
+        self._added: list[tuple[int, ImageResult]] = []  # on this rank, since the last `gather`
+
+    def add(
+        self,
+        image_ids: Tensor,
+        predictions: Tensor,
+        ground_truth: Sequence[Tensor | np.ndarray],
+        sizes: Tensor,
+    ) -> None:
+        """Takes one batch.
+
+        Args:
+            image_ids: (B,), unique over the whole split: an id that comes again is the same image and counts once.
+            predictions: (B, K, 6) rows (x, y, w, h, score, class index) as `postprocess` gives them.
+            ground_truth: B arrays (G, 7) of rows (x, y, w, h, area, iscrowd, class index), in the file's order.
+            sizes: (B, 2), (height, width) of the image files.
+
+        Raises:
+            UserError: a prediction is not a finite number, or a class index has no name.
+        """
+        rows = np.array(predictions.detach().double().cpu())
+        ids = image_ids.tolist()
+        if not (finite := np.isfinite(rows).all((1, 2))).all():
+            raise UserError(f"image {ids[finite.argmin()]}: a predicted box or score is not finite: the model diverged")
+        truth = [np.array(boxes, dtype=np.float64).reshape(-1, 7) for boxes in ground_truth]
+        if (top := max(array[..., -1].max(initial=0) for array in (rows, *truth))) >= len(self.class_names):
+            raise UserError(f"class index {top:.0f} in the batch of image {ids[0]}: the data has {len(self.class_names)}")
+        results = map(ImageResult, rows, truth, map(tuple, sizes.tolist()))
+        self._added.extend(zip(ids, results, strict=True))
+
+    def gather(self) -> None:
+        """Brings the images of all ranks to every rank. Collective: all ranks must call it.
+
+        Raises:
+            UserError: one image id names two different images.
+        """
+        parts = [self._added]
+        if dist.is_available() and dist.is_initialized():
+            parts = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, self._added)
+        self._added = []
+        merge(self.images, chain.from_iterable(parts))
+
+    def compute(self) -> dict[str, float | dict[str, float]]:
+        """Scores all images of all ranks. Collective: all ranks must call it, and all get the answer.
+
+        Returns:
+            The twelve `STATS` in 0..1 and "per_class", the AP of each class name. -1 where the data has no such object,
+            as pycocotools has it.
+
+        Raises:
+            UserError: there is no image, or one image id names two different images.
+        """
+        self.gather()
+        if not self.images:
+            raise UserError("the evaluation split has no image")
+        answer = [None]
+        is_distributed = dist.is_available() and dist.is_initialized()
+        if not is_distributed or dist.get_rank() == 0:
+            stats, per_class = score(self.images, len(self.class_names))
+            answer = [{**stats, "per_class": dict(zip(self.class_names, per_class, strict=True))}]
+        if is_distributed:
+            dist.broadcast_object_list(answer)
+        return answer[0]
+
+    def predictions(self) -> list[dict]:
+        """All gathered predictions in COCO's result format, unrounded, by image id."""
+        return [
+            {
+                "image_id": image_id,
+                "category_id": self.category_ids[int(row[5])],
+                "bbox": row[:4],
+                "score": row[4],
+            }
+            for image_id in sorted(self.images)
+            for row in self.images[image_id].predictions.tolist()
+        ]
+
+    def protocol(self, *, resolution: dict, top_k: int, source: str, split: str) -> dict:
+        """How the numbers were made, to be stored beside them: numbers of unequal protocols cannot be compared.
+
+        Args:
+            resolution: the image processor's `size`.
+            top_k: what `postprocess` was given.
+            source: the data set's name or folder.
+            split: its split.
+        """
+        digest = hashlib.sha256()
+        for image_id in sorted(self.images):
+            _, truth, size = self.images[image_id]
+            digest.update(repr((image_id, size, truth.tolist())).encode())
+        return {
+            "source": source,
+            "split": split,
+            "num_images": len(self.images),
+            "fingerprint": digest.hexdigest()[:16],  # of image ids, sizes and ground truth
+            "resolution": dict(resolution),
+            "top_k": top_k,
+            "max_detections": 100,
+            "score_threshold": 0.0,
+            "backend": f"faster-coco-eval {faster_coco_eval.__version__}",
+        }
+
+
+def merge(images: dict[int, ImageResult], results: Iterable[tuple[int, ImageResult]]) -> None:
+    """Adds `results` to `images`, each image once: samplers repeat images to fill the last batch of a rank.
+
+    Raises:
+        UserError: one id names images of unequal size or ground truth.
+    """
+    for image_id, result in results:
+        first = images.setdefault(image_id, result)
+        same = first.size == result.size and np.array_equal(first.ground_truth, result.ground_truth)
+        if first is not result and not same:
+            raise UserError(f"image id {image_id} names two different images: ids must be unique in a split")
+
+
+def score(images: dict[int, ImageResult], num_classes: int) -> tuple[dict[str, float], list[float]]:
+    """COCO's numbers of `images`, the same as pycocotools' `COCOeval(..., "bbox")`.
+
+    Returns:
+        the twelve `STATS`, and the AP of each class index. -1 stands for "no such object in the ground truth".
+    """
+    ids = sorted(images)
+    truth, predictions = [], []
+    for image_id in ids:
+        for *box, area, iscrowd, label in images[image_id].ground_truth.tolist():
+            truth.append({"image_id": image_id, "category_id": int(label), "bbox": box, "area": area})
+            truth[-1]["iscrowd"] = int(iscrowd)
+        for *box, confidence, label in images[image_id].predictions.tolist():
+            predictions.append({"image_id": image_id, "category_id": int(label), "bbox": box, "score": confidence})
+            predictions[-1] |= {"area": box[2] * box[3], "iscrowd": 0}
+    for annotations in (truth, predictions):
+        for number, annotation in enumerate(annotations, start=1):  # 0 would mean "unmatched"
+            annotation["id"] = number
+    common = {"images": [{"id": i} for i in ids], "categories": [{"id": c} for c in range(num_classes)]}
+    coco = COCOeval_faster(COCO(common | {"annotations": truth}), COCO(common | {"annotations": predictions}), "bbox")
+    coco.run()
+    precision = coco.eval["precision"][:, :, :, 0, -1]  # (IoU thresholds, recalls, classes): all areas, 100 detections
+    per_class = [float(p[p > -1].mean()) if (p > -1).any() else -1.0 for p in np.moveaxis(precision, 2, 0)]
+    return dict(zip(STATS, map(float, coco.stats), strict=True)), per_class
+
