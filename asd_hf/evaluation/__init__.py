@@ -1,4 +1,5 @@
-from .coco import STATS, CocoEvaluator
+from .coco import STATS, CocoEvaluator, CocoMetric, format_table
+from .latency import milliseconds_per_image
 from .predict import postprocess
 
-__all__ = ["STATS", "CocoEvaluator", "postprocess"]
+__all__ = ["STATS", "CocoEvaluator", "CocoMetric", "format_table", "milliseconds_per_image", "postprocess"]

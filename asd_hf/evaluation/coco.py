@@ -68,10 +68,10 @@ class CocoEvaluator:
         rows = np.array(predictions.detach().double().cpu())
         ids = image_ids.tolist()
         if not (finite := np.isfinite(rows).all((1, 2))).all():
-            raise UserError(f"image {ids[finite.argmin()]}: a predicted box or score is not finite: the model diverged")
+            raise UserError(f"image {ids[finite.argmin()]}: predictions are not finite numbers: the model diverged")
         truth = [np.array(boxes, dtype=np.float64).reshape(-1, 7) for boxes in ground_truth]
-        if (top := max(array[..., -1].max(initial=0) for array in (rows, *truth))) >= len(self.class_names):
-            raise UserError(f"class index {top:.0f} in the batch of image {ids[0]}: the data has {len(self.class_names)}")
+        if (top := max(array[..., -1].max(initial=0) for array in (rows, *truth))) >= (known := len(self.class_names)):
+            raise UserError(f"class index {top:.0f} in the batch of image {ids[0]}: the data has {known} classes")
         results = map(ImageResult, rows, truth, map(tuple, sizes.tolist()))
         self._added.extend(zip(ids, results, strict=True))
 
@@ -92,8 +92,8 @@ class CocoEvaluator:
         """Scores all images of all ranks. Collective: all ranks must call it, and all get the answer.
 
         Returns:
-            The twelve `STATS` in 0..1 and "per_class", the AP of each class name. -1 where the data has no such object,
-            as pycocotools has it.
+            The twelve `STATS` in 0..1, and under "per_class" the AP of each class name. -1 stands for "no such object
+            in the ground truth", as in pycocotools.
 
         Raises:
             UserError: there is no image, or one image id names two different images.
@@ -177,9 +177,9 @@ def score(images: dict[int, ImageResult], num_classes: int) -> tuple[dict[str, f
         for *box, confidence, label in images[image_id].predictions.tolist():
             predictions.append({"image_id": image_id, "category_id": int(label), "bbox": box, "score": confidence})
             predictions[-1] |= {"area": box[2] * box[3], "iscrowd": 0}
-    for annotations in (truth, predictions):
-        for number, annotation in enumerate(annotations, start=1):  # 0 would mean "unmatched"
-            annotation["id"] = number
+    for boxes in (truth, predictions):
+        for number, box in enumerate(boxes, start=1):  # the matching marks "unmatched" by id 0
+            box["id"] = number
     common = {"images": [{"id": i} for i in ids], "categories": [{"id": c} for c in range(num_classes)]}
     coco = COCOeval_faster(COCO(common | {"annotations": truth}), COCO(common | {"annotations": predictions}), "bbox")
     coco.run()
@@ -187,3 +187,73 @@ def score(images: dict[int, ImageResult], num_classes: int) -> tuple[dict[str, f
     per_class = [float(p[p > -1].mean()) if (p > -1).any() else -1.0 for p in np.moveaxis(precision, 2, 0)]
     return dict(zip(STATS, map(float, coco.stats), strict=True)), per_class
 
+
+class CocoMetric(evaluate.Metric):
+    """COCO's twelve numbers as an `evaluate` metric: `CocoMetric()`, or offline `evaluate.load("<this file>")`.
+
+    Boxes are COCO's (x, y, w, h) in pixels of the image file. In several processes, `evaluate`'s own arguments
+    `num_process`, `process_id` and `experiment_id` join the parts, and process 0 gets the answer. An image that
+    comes twice counts once.
+
+    Example:
+        >>> metric = CocoMetric()
+        >>> metric.add_batch(
+        ...     predictions=[{"image_id": 7, "boxes": [[10, 10, 50, 40]], "scores": [0.9], "labels": [0]}],
+        ...     references=[
+        ...         {"image_id": 7, "boxes": [[10, 10, 50, 40]], "labels": [0], "area": [1500], "iscrowd": [0]}
+        ...     ],
+        ... )
+        >>> metric.compute()["AP"]
+        1.0
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        number, integer = datasets.Value("float64"), datasets.Value("int64")
+        common = {"image_id": integer, "boxes": datasets.List(datasets.List(number)), "labels": datasets.List(integer)}
+        return evaluate.MetricInfo(
+            description="Average precision and recall of COCO's detection evaluation.",
+            citation="Lin et al., Microsoft COCO: Common Objects in Context, 2014, arXiv:1405.0312",
+            inputs_description=self.__doc__,
+            features=datasets.Features(
+                {
+                    "predictions": common | {"scores": datasets.List(number)},
+                    "references": common | {"area": datasets.List(number), "iscrowd": datasets.List(integer)},
+                }
+            ),
+        )
+
+    def _compute(self, predictions: Iterable[dict], references: Iterable[dict]) -> dict[str, float]:
+        images: dict[int, ImageResult] = {}
+        num_classes = 1
+        for found, truth in zip(predictions, references, strict=True):
+            if found["image_id"] != truth["image_id"]:
+                raise UserError(f"prediction of image {found['image_id']} beside reference {truth['image_id']}")
+            rows = np.column_stack([np.reshape(found["boxes"], (-1, 4)), found["scores"], found["labels"]])
+            boxes = np.reshape(truth["boxes"], (-1, 4))
+            boxes = np.column_stack([boxes, truth["area"], truth["iscrowd"], truth["labels"]])
+            merge(images, [(truth["image_id"], ImageResult(rows, boxes, (0, 0)))])
+            num_classes = max([num_classes - 1, *found["labels"], *truth["labels"]]) + 1
+        return score(images, num_classes)[0]
+
+
+def format_table(results: dict[str, dict[str, float]]) -> str:
+    """One aligned table for the terminal.
+
+    Args:
+        results: by model name: "parameters" (a count), the AP numbers in 0..1 and "ms_per_image". What is missing, or
+            -1, is shown as "-".
+
+    Returns:
+        A header and one line a model; AP as per cent, parameters in millions, time in milliseconds.
+    """
+    columns = {"params (M)": ("parameters", 1e-6), **{name: (name, 100) for name in STATS[:6]}}
+    columns["ms/image"] = ("ms_per_image", 1)
+    lines = [["model", *columns]]
+    for name, values in results.items():
+        shown = [(values.get(key, -1), scale) for key, scale in columns.values()]
+        lines.append([name, *("-" if value < 0 else f"{value * scale:.1f}" for value, scale in shown)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )

@@ -9,9 +9,9 @@ from torch import Tensor
 def postprocess(logits: Tensor, boxes: Tensor, orig_sizes: Tensor, activation: str, top_k: int = 100) -> Tensor:
     """The best detections of each image, in pixels of the image file, without a score threshold.
 
-    A sigmoid head is ranked over all Q * C scores, as Transformers' `post_process_object_detection` does for Deformable
-    DETR: one query may answer with several classes. A softmax head gives each query's best class but "no object", its
-    last column. Boxes are not clipped to the image, as in DETR's own evaluation.
+    A sigmoid head is ranked over all Q * C scores, as Transformers' `post_process_object_detection` does for
+    Deformable DETR: one query may answer with several classes. A softmax head gives each query's best class other
+    than "no object", its last column. Boxes are not clipped to the image, as in DETR's own evaluation.
 
     Args:
         logits: (B, Q, C) of one decoder layer; for softmax the last of the C columns is "no object".
@@ -21,7 +21,7 @@ def postprocess(logits: Tensor, boxes: Tensor, orig_sizes: Tensor, activation: s
         top_k: detections per image.
 
     Returns:
-        (B, K, 6) float32 rows (x, y, w, h, score, class index), best score first. K is top_k, or what there is if less.
+        (B, K, 6) float32 rows (x, y, w, h, score, class index), best score first. K is top_k at most.
     """
     logits, boxes = logits.float(), boxes.float()
     num_queries = logits.shape[1]
