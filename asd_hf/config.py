@@ -1,0 +1,286 @@
+"""The configuration of a run: one YAML section is one dataclass, `section.key=value` replaces a value of the file.
+
+Sections: `model` (asd_hf.student.ModelConfig), `data` (asd_hf.data.DataConfig), `method` (`name`, then the config class
+of that method) and `training` (TrainingConfig, which is transformers.TrainingArguments and a few fields).
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import TrainingArguments
+
+from .data import DataConfig
+from .errors import UserError
+from .methods import METHODS, DistillationMethod, MethodConfig, get_method
+from .registry import nearest
+from .student import ModelConfig
+
+NO_METHOD = "none"  # plain training, without a teacher
+
+
+@dataclass
+class NoMethodConfig(MethodConfig):
+    """`method.name: none` trains on the labels alone."""
+
+
+def _own(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TrainingConfig(TrainingArguments):
+    """Transformers' TrainingArguments under their own names; below, other defaults and the fields that are ours."""
+
+    output_dir: str | None = _own("outputs/run", "Folder of checkpoints, the final student, metrics and configuration")
+    # The recipe of Deformable DETR.
+    learning_rate: float = _own(2e-4, "Peak learning rate of the student")
+    weight_decay: float = _own(1e-4, "Weight decay; biases and norms have none")
+    max_grad_norm: float = _own(0.1, "Largest norm of the student's gradient")
+    # What a detector needs of Trainer: rows keep their columns, a NaN shows, the best checkpoint is the one of best AP.
+    remove_unused_columns: bool = _own(False, "Must stay false: the rows of a detection data set are nested")
+    logging_nan_inf_filter: bool = _own(False, "Hide NaN losses from the log")
+    logging_steps: float = _own(50, "Log every so many steps")
+    metric_for_best_model: str | None = _own("AP", "Evaluation metric that chooses the best checkpoint")
+    save_total_limit: int | None = _own(2, "Keep at most so many checkpoints, the best one among them")
+    hub_strategy: str = _own("end", "When to push to the Hub, with training.push_to_hub")
+    resume_from_checkpoint: str | bool | None = _own(
+        None, "A checkpoint folder; or true: the newest one of training.output_dir, if there is one"
+    )
+    # Ours.
+    backbone_lr_scale: float = _own(0.1, "Learning rate of the backbone, relative to training.learning_rate")
+    sampling_lr_scale: float = _own(
+        0.1, "Learning rate of sampling offsets and reference points, relative to training.learning_rate"
+    )
+    method_learning_rate: float | None = _own(None, "Learning rate of the method's own parameters; default: the student's")
+    method_max_grad_norm: float | None = _own(
+        None, "Largest gradient norm of the method's own parameters; default: training.max_grad_norm"
+    )
+    class_loss_weight: float = _own(2.0, "Weight of the classification loss (Deformable DETR: 2, Transformers: 1)")
+    ema_decay: float = _own(0.0, "Decay of a moving average of the student, evaluated and saved in ema/; 0: none")
+    early_stopping_patience: int = _own(0, "Stop after so many evaluations without a better AP; 0: never")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hub_token is not None:
+            raise UserError("training.hub_token would be written into files: use `hf auth login` or HF_TOKEN instead")
+        if self.remove_unused_columns:
+            raise UserError("training.remove_unused_columns must be false: the rows of a detection data set are nested")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"training.ema_decay must be in [0, 1), not {self.ema_decay}")
+        for name in ("use_liger_kernel", "auto_find_batch_size", "label_smoothing_factor", "neftune_noise_alpha"):
+            if getattr(self, name):
+                raise UserError(f"training.{name} does not apply to detection: remove it")
+
+
+@dataclass
+class RunConfig:
+    """All that a run is made of."""
+
+    model: ModelConfig
+    data: DataConfig
+    method: MethodConfig
+    training: TrainingConfig
+    method_name: str
+
+    @property
+    def method_class(self) -> type[DistillationMethod] | None:
+        return None if self.method_name == NO_METHOD else get_method(self.method_name)
+
+    def to_yaml(self) -> str:
+        """A file that runs this again: all of `model`, `data` and `method`; of `training` what is not the default."""
+        training = {}
+        for spec in fields(TrainingConfig):
+            value = _plain(getattr(self.training, spec.name))
+            if spec.init and value != _plain(_default(spec)) and spec.name not in _DERIVED:
+                training[spec.name] = value
+        sections = {
+            "model": _plain(asdict(self.model)),
+            "data": _plain(asdict(self.data)),
+            "method": {"name": self.method_name} | _plain(asdict(self.method)),
+            "training": training,
+        }
+        return yaml.safe_dump(sections, sort_keys=False, width=110)
+
+
+# TrainingArguments sets these itself from others or from the machine.
+_DERIVED = {"local_rank", "disable_tqdm", "greater_is_better", "accelerator_config", "logging_dir", "resume_from_checkpoint"}
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Reads a YAML file and replaces values by `section.key=value` strings.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, a section or key is unknown, or a value has the wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"configuration file {path} does not exist")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict) or not all(isinstance(v, dict) for v in raw.values()):
+        raise UserError(f"{path} must hold sections ({', '.join(_SECTIONS)}), each with its keys")
+    for item in overrides or []:
+        _override(raw, item)
+    return build_config(raw, where=str(path))
+
+
+def build_config(raw: dict[str, dict], where: str = "configuration") -> RunConfig:
+    """Typed sections from nested dictionaries; `where` begins each error line."""
+    for section in raw:
+        if section not in _SECTIONS:
+            raise UserError(f"{where}: unknown section {section!r}: {nearest(section, _SECTIONS)}")
+    method = dict(raw.get("method", {}))
+    method_name = method.pop("name", NO_METHOD)
+    if not isinstance(method_name, str):
+        raise UserError(f"{where}: method.name must be a name, not {method_name!r}")
+    return RunConfig(
+        model=_fill(ModelConfig, raw.get("model", {}), f"{where}: model"),
+        data=_fill(DataConfig, raw.get("data", {}), f"{where}: data"),
+        method=_fill(_method_config(method_name), method, f"{where}: method"),
+        training=_fill(TrainingConfig, raw.get("training", {}), f"{where}: training"),
+        method_name=method_name,
+    )
+
+
+def describe_config() -> str:
+    """Every key with its default and meaning, for `--help`."""
+    methods = {f"method (name: {n})": _method_config(n) for n in (NO_METHOD, *METHODS)}
+    lines = []
+    for title, cls in {"model": ModelConfig, "data": DataConfig, **methods, "training": TrainingConfig}.items():
+        lines.append(f"{title}:")
+        lines += _describe(cls, title.split()[0])
+    return "\n".join(lines)
+
+
+_SECTIONS = ("model", "data", "method", "training")
+
+
+def _method_config(name: str) -> type[MethodConfig]:
+    if name == NO_METHOD:
+        return NoMethodConfig
+    if name not in METHODS and ":" not in name:
+        names = (NO_METHOD, *METHODS)
+        raise UserError(f"unknown method {name!r}: {nearest(name, names)} (or give 'module:Class')")
+    return get_method(name).config_class
+
+
+def _override(raw: dict, item: str) -> None:
+    name, equals, text = item.partition("=")
+    *parents, key = name.split(".")
+    if not equals or not parents:
+        raise UserError(f"{item!r} is not of the form section.key=value")
+    target = raw
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise UserError(f"{item!r}: {parent} is a value, not a group of keys")
+    try:
+        target[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{item!r}: the value is not YAML") from error
+
+
+def _fill(cls: type, values: dict[str, Any], where: str):
+    """An instance of dataclass `cls`; unknown keys and values of another type are errors."""
+    hints = get_type_hints(cls)
+    valid = {f.name for f in fields(cls) if f.init}
+    for key in values:
+        if key not in valid:
+            raise UserError(f"{where}.{key} is unknown: {nearest(str(key), valid)}")
+    typed = {key: _convert(value, hints[key], f"{where}.{key}") for key, value in values.items()}
+    try:
+        return cls(**typed)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """`value` as YAML read it, as the type that the field asks for: YAML reads 1e-4 as a string."""
+    if get_origin(hint) in (Union, types.UnionType):
+        options = get_args(hint)
+        # The type that the value has already wins over one that it could be turned into.
+        for option in sorted(options, key=lambda o: not _is(value, o)):
+            try:
+                return _convert(value, option, where)
+            except UserError:
+                continue
+    elif hint is Any or _is(value, hint):
+        if get_origin(hint) is list:
+            item_type = get_args(hint)[0]
+            return [_convert(v, item_type, f"{where}[{i}]") for i, v in enumerate(value)]
+        return _fill(hint, value, where) if is_dataclass(hint) else value
+    elif hint is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif isinstance(hint, type) and issubclass(hint, Enum):
+        try:
+            return hint(value)
+        except ValueError:
+            pass
+    raise UserError(f"{where} must be {_type_name(hint)}, not {value!r}")
+
+
+def _is(value: Any, hint: Any) -> bool:
+    if hint is type(None):
+        return value is None
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if is_dataclass(hint):
+        return isinstance(value, dict)
+    kind = get_origin(hint) or hint
+    return isinstance(kind, type) and isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool)
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_type_name(o) for o in get_args(hint)))
+    if hint is type(None):
+        return "null"
+    if is_dataclass(hint):
+        return "a group of keys"
+    return getattr(hint, "__name__", str(hint))
+
+
+def _default(spec) -> Any:
+    return spec.default if spec.default is not MISSING else spec.default_factory()
+
+
+def _plain(value: Any) -> Any:
+    """Enums as their values, tuples as lists: what YAML can hold."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _describe(cls: type, prefix: str) -> list[str]:
+    lines = []
+    hints = get_type_hints(cls)
+    for spec in fields(cls):
+        if not spec.init:
+            continue
+        required = spec.default is MISSING and spec.default_factory is MISSING
+        default = "required" if required else f"default: {_plain(_default(spec))}"
+        if not required and is_dataclass(_default(spec)):
+            default = "a group of keys"
+        text = " ".join(spec.metadata.get("help", "").split()).replace("%", "%%")
+        choices = spec.metadata.get("choices")
+        text += f" [{' | '.join(choices)}]" if choices else ""
+        lines.append(f"  {prefix}.{spec.name} ({default})\n      {text}")
+        for option in (hints[spec.name], *get_args(hints[spec.name])):
+            if is_dataclass(option):
+                lines += _describe(option, f"{prefix}.{spec.name}")
+    return lines

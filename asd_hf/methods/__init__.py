@@ -1,0 +1,16 @@
+"""One file a paper. The name of a method is its file's name and the value of `method.name` in a configuration."""
+
+from ..registry import resolve
+from .base import DistillationMethod, MethodConfig
+
+METHODS = {
+    "asd": "asd_hf.methods.asd:ASD",
+}
+
+
+def get_method(name: str) -> type[DistillationMethod]:
+    """The class of method `name`: a key of `METHODS`, or "module:Class" for one of your own."""
+    return resolve(name, METHODS, "method")
+
+
+__all__ = ["METHODS", "DistillationMethod", "MethodConfig", "get_method"]

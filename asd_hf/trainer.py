@@ -1,0 +1,270 @@
+"""The training loop: Transformers' Trainer with a teacher, exact COCO evaluation and exact resume."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from .config import TrainingConfig
+from .criterion import DetectionCriterion
+from .data import DetectionStream, build_loader
+from .detectors import get_adapter
+from .detectors.base import DetectorAdapter, DetectorOutput
+from .distiller import Distiller
+from .ema import EMACallback
+from .errors import UserError
+from .evaluation import STATS, evaluate_detector
+from .hub import write_model_card
+from .methods import DistillationMethod
+from .student import align_classes
+
+METHOD_WEIGHTS = "_method.safetensors"  # the underscore keeps it off the Hub: Trainer does not upload `_*`
+RUN_CONFIG = "asd_hf.yaml"
+EMA_FOLDER = "ema"
+
+
+class DistillationTrainer(Trainer):
+    """Trains a student on labels and on a frozen teacher's predictions.
+
+    Args:
+        student: adapter of the model to train. What must not be trained has `requires_grad` off already.
+        teacher: adapter of the teacher, or `None` to train on the labels alone. It is frozen and put into eval mode.
+        method: what makes the student imitate the teacher; `None` if and only if `teacher` is.
+        args: TrainingConfig.
+        train_dataset: stream of training samples; its class indices are the student's.
+        eval_dataset: stream of evaluation samples with their ground truth.
+        category_ids: the data set's own id of each class index; 1 to C by default.
+        run_config: YAML of the whole run, stored beside each checkpoint.
+        card: what the model card says beyond the run's own figures, see `hub.write_model_card`.
+        **kwargs: passed on to Transformers' Trainer (callbacks, optimizers, ...).
+
+    Raises:
+        UserError: teacher without method or the reverse, no class in common, or several GPUs in one process.
+    """
+
+    loss_is_scaled_for_ga = False  # losses are means over a micro-batch: Trainer divides by the accumulation steps
+
+    def __init__(
+        self,
+        student: DetectorAdapter,
+        teacher: DetectorAdapter | None,
+        method: DistillationMethod | None,
+        args: TrainingConfig,
+        train_dataset: DetectionStream | None = None,
+        eval_dataset: DetectionStream | None = None,
+        category_ids: Sequence[int] | None = None,
+        run_config: str | None = None,
+        card: dict | None = None,
+        **kwargs,
+    ) -> None:
+        if (teacher is None) != (method is None):
+            raise UserError("a teacher needs a method and a method a teacher: give both (model.teacher, method.name)")
+        if args.n_gpu > 1:
+            raise UserError("several GPUs in one process cannot share detection labels: start with `accelerate launch`")
+        self.adapter, self.teacher, self.method = student, teacher, method
+        self.category_ids, self.run_config, self.card = category_ids, run_config, card
+        criterion = DetectionCriterion.from_config(student.model.config, class_loss_weight=args.class_loss_weight)
+        super().__init__(
+            model=Distiller(student, criterion, method),
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=student.processor,
+            **kwargs,
+        )
+        self.teacher_columns: Tensor | None = None
+        if teacher is not None:
+            teacher.model.requires_grad_(False).eval().to(self.args.device)
+            columns = align_classes(student.spec.class_names, teacher.spec.class_names)
+            if columns.tolist() != list(range(len(teacher.spec.class_names))):
+                self.teacher_columns = columns.to(self.args.device)
+        self.ema: EMACallback | None = None
+        if args.ema_decay:
+            self.ema = EMACallback(student.model, args.ema_decay)
+            self.add_callback(self.ema)
+        if args.early_stopping_patience:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        self._scalars: dict[str, list[Tensor]] = defaultdict(list)
+
+    # -- the step ---------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        measure = self.method is not None and (self.state.global_step + 1) % max(int(self.state.logging_steps), 1) == 0
+        if self.method is not None:
+            self.method.step = self.state.global_step
+        outputs = model(**inputs, teacher=self.ask_teacher(inputs), measure_gradient_share=measure)
+        for name, value in outputs.losses.items():
+            self._scalars[f"loss/{name}"].append(value.detach())
+        if self.method is not None:
+            for name, value in self.method.statistics.items():
+                self._scalars[f"{type(self.method).__name__.lower()}/{name}"].append(value)
+        if outputs.gradient_share is not None:
+            self._scalars["distillation_gradient_share"].append(outputs.gradient_share)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    @torch.no_grad()
+    def ask_teacher(self, inputs: dict) -> DetectorOutput | None:
+        """The teacher's predictions on a batch, its classes in the student's order."""
+        if self.teacher is None:
+            return None
+        with self.accelerator.autocast():
+            output = self.teacher(inputs["pixel_values"], inputs["pixel_mask"])
+        if self.teacher_columns is not None:
+            output.logits = output.logits[..., self.teacher_columns]
+        return output
+
+    def create_optimizer(self, model=None):
+        """AdamW in few groups: backbone and sampling points at a fraction of the rate, the method at its own."""
+        if self.optimizer is not None:
+            return self.optimizer
+        args, distiller = self.args, self.model if model is None else model
+        decayed = set(self.get_decay_parameter_names(distiller))
+        backbone = {id(p) for p in self.adapter.backbone.parameters()}
+        groups: dict[tuple[float, float], list[Tensor]] = {(args.learning_rate, args.weight_decay): []}
+        for name, parameter in distiller.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            rate = args.learning_rate
+            if name.startswith("method."):
+                rate = args.method_learning_rate or rate
+            elif id(parameter) in backbone:
+                rate *= args.backbone_lr_scale
+            elif any(fragment in name for fragment in self.adapter.slow_parameters):
+                rate *= args.sampling_lr_scale
+            # A method's parameters are scaffolding: nothing is gained by keeping them small.
+            decay = args.weight_decay if name in decayed and not name.startswith("method.") else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+        optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(args, distiller)
+        self.optimizer = optimizer_class(
+            [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items() if params],
+            **kwargs,
+        )
+        return self.optimizer
+
+    def _clip_grad_norm(self, model):
+        """Student and method are clipped apart: a loud sampler must not shorten the student's step."""
+        self.accelerator.unscale_gradients()
+        distiller = self.accelerator.unwrap_model(model)
+        if distiller.method is not None:
+            limit = self.args.method_max_grad_norm
+            limit = self.args.max_grad_norm if limit is None else limit
+            torch.nn.utils.clip_grad_norm_(distiller.method.parameters(), limit)
+        return torch.nn.utils.clip_grad_norm_(distiller.student.parameters(), self.args.max_grad_norm)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._scalars:
+            means = torch.stack([torch.stack(v).float().mean() for v in self._scalars.values()])
+            means = self.accelerator.reduce(means, reduction="mean").tolist()
+            logs |= dict(zip(self._scalars, means, strict=True))
+            self._scalars.clear()
+        super().log(logs, start_time)
+
+    # -- data: the stream shards itself over ranks and workers, Accelerate never touches it ---------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.train_dataset is None:
+            raise UserError("training needs a train_dataset")
+        return self._loader(self.train_dataset)
+
+    def get_eval_dataloader(self, eval_dataset: DetectionStream | None = None) -> DataLoader:
+        stream = self.eval_dataset if eval_dataset is None else eval_dataset
+        if stream is None:
+            raise UserError("evaluation needs an eval_dataset")
+        return self._loader(stream)
+
+    def _loader(self, stream: DetectionStream) -> DataLoader:
+        pin = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
+        return build_loader(stream, self.args.dataloader_num_workers, pin_memory=pin)
+
+    def _run_epoch(self, *, epoch, epochs_trained, steps_trained_in_current_epoch, resume_from_checkpoint, **kwargs):
+        """Tells the stream where to begin: Trainer only discards the batches that a resumed epoch has behind it."""
+        resumed = resume_from_checkpoint is not None and epoch == epochs_trained
+        self.train_dataset.set_epoch(epoch)
+        self.train_dataset.skip_batches = steps_trained_in_current_epoch if resumed else 0
+        super()._run_epoch(
+            epoch=epoch,
+            epochs_trained=epochs_trained,
+            steps_trained_in_current_epoch=steps_trained_in_current_epoch,
+            resume_from_checkpoint=resume_from_checkpoint,
+            **kwargs,
+        )
+
+    # -- evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """COCO's numbers of the student, as `eval_AP` and so on, and of its moving average, as `eval_ema_AP`."""
+        metrics, models = {}, {"": self.adapter}
+        if self.ema is not None:
+            models["ema_"] = get_adapter(self.ema.model, self.adapter.processor)
+        for name, adapter in models.items():
+            training = adapter.model.training
+            with self.accelerator.autocast():
+                result, evaluator = self.evaluate_adapter(adapter, dataloader)
+            adapter.model.train(training)
+            metrics |= {f"{metric_key_prefix}_{name}{stat}": result[stat] for stat in STATS}
+        return EvalLoopOutput(
+            predictions=None, label_ids=None, metrics=metrics, num_samples=len(evaluator.images)
+        )
+
+    def evaluate_adapter(self, adapter: DetectorAdapter, dataloader: DataLoader | None = None):
+        """(COCO numbers, evaluator) of any detector on the evaluation data; all ranks must call it."""
+        return evaluate_detector(
+            adapter,
+            self.get_eval_dataloader() if dataloader is None else dataloader,
+            class_names=self.adapter.spec.class_names,
+            category_ids=self.category_ids,
+            device=self.args.device,
+            progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+        )
+
+    # -- what is saved: the student as a plain Transformers model, the method's weights beside it ---------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        distiller = self.accelerator.unwrap_model(self.model)
+        models = {folder: distiller.student}
+        if self.ema is not None:
+            models[folder / EMA_FOLDER] = self.ema.model
+        for where, model in models.items():
+            model.save_pretrained(where)
+            self.processing_class.save_pretrained(where)
+        if distiller.method is not None and (weights := distiller.method.state_dict()):
+            save_file(weights, folder / METHOD_WEIGHTS)
+        if self.run_config is not None:
+            (folder / RUN_CONFIG).write_text(self.run_config, encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        folder, distiller = Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model)
+        _restore(distiller.student, folder)
+        if self.ema is not None:
+            _restore(self.ema.model, folder / EMA_FOLDER)
+        if distiller.method is not None and distiller.method.state_dict():
+            if not (folder / METHOD_WEIGHTS).is_file():
+                raise UserError(f"{folder} holds no weights of the method ({METHOD_WEIGHTS}): was it trained by another?")
+            distiller.method.load_state_dict(load_file(folder / METHOD_WEIGHTS, device=str(self.args.device)))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def create_model_card(self, **kwargs) -> None:
+        if self.is_world_process_zero() and self.card is not None:
+            write_model_card(self.args.output_dir, **self.card)
+
+
+def _restore(model: PreTrainedModel, folder: Path) -> None:
+    """By `from_pretrained`, never by the file's own names: Transformers renames weights when it saves them."""
+    if not folder.is_dir():
+        raise UserError(f"checkpoint {folder} does not exist")
+    saved = type(model).from_pretrained(folder)
+    model.load_state_dict(saved.state_dict())
