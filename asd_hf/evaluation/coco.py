@@ -236,24 +236,27 @@ class CocoMetric(evaluate.Metric):
         return score(images, num_classes)[0]
 
 
-def format_table(results: dict[str, dict[str, float]]) -> str:
-    """One aligned table for the terminal.
+def table_rows(results: dict[str, dict[str, float]]) -> list[list[str]]:
+    """The numbers of several models as cells, header first: parameters in millions, AP as per cent, time in ms.
 
     Args:
         results: by model name: "parameters" (a count), the AP numbers in 0..1 and "ms_per_image". What is missing, or
             -1, is shown as "-".
-
-    Returns:
-        A header and one line a model; AP as per cent, parameters in millions, time in milliseconds.
     """
     columns = {"params (M)": ("parameters", 1e-6), **{name: (name, 100) for name in STATS[:6]}}
     columns["ms/image"] = ("ms_per_image", 1)
-    lines = [["model", *columns]]
+    rows = [["model", *columns]]
     for name, values in results.items():
         shown = [(values.get(key, -1), scale) for key, scale in columns.values()]
-        lines.append([name, *("-" if value < 0 else f"{value * scale:.1f}" for value, scale in shown)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        rows.append([name, *("-" if value < 0 else f"{value * scale:.1f}" for value, scale in shown)])
+    return rows
+
+
+def format_table(results: dict[str, dict[str, float]]) -> str:
+    """`table_rows` as one aligned table for the terminal."""
+    rows = table_rows(results)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
     )

@@ -1,0 +1,133 @@
+"""The model card. Uploading is Trainer's own `push_to_hub`; it retries, and leaves out checkpoints and `_*` files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .evaluation.coco import STATS, table_rows
+
+CARD = """\
+---
+{metadata}
+---
+
+# {name}
+
+{summary}
+
+It is an ordinary Transformers checkpoint; asd_hf is not needed to use it.
+
+```python
+from transformers import pipeline
+
+detect = pipeline("object-detection", model="{model_id}")
+for found in detect("http://images.cocodataset.org/val2017/000000039769.jpg", threshold=0.3):
+    print(found["label"], round(found["score"], 2), found["box"])
+```
+
+## Results
+
+{results}
+## Training
+
+The resolved configuration repeats the run.
+
+```yaml
+{config}
+```
+{citation}"""
+
+
+def write_model_card(
+    folder: str | Path,
+    *,
+    model_id: str,
+    student_info: dict,
+    teacher_info: dict | None,
+    method_paper: dict[str, str],
+    metrics: dict[str, dict[str, float]],
+    protocol: dict | None,
+    dataset: dict[str, str | None],
+    config_yaml: str,
+    license: str | None = None,
+) -> ModelCard:
+    """Writes `README.md` in `folder`, with the metadata that the Hub reads.
+
+    Args:
+        folder: where the student was saved.
+        model_id: its name on the Hub.
+        student_info: "architecture", the Transformers class; "weights_from", the Hub ids or folders of the models that
+            gave it its first weights, the teacher among them if it gave any. They become `base_model`, as a fine-tune:
+            the Hub has no relation for distillation, and a teacher that gave no weights is not what was tuned.
+        teacher_info: "id", the teacher's Hub id or folder. None for training without a teacher.
+        method_paper: title, id and bibtex, as `DistillationMethod.paper` has them; may be empty.
+        metrics: by model name, as for `format_table`; "student" is the model of this card.
+        protocol: what `CocoEvaluator.protocol` gave for these numbers. None before the first evaluation.
+        dataset: "name", and "id" if the data set is on the Hub.
+        config_yaml: the resolved configuration.
+        license: an identifier of the Hub's list.
+    """
+    numbers = {key: value for key, value in metrics.get("student", {}).items() if key in STATS and value >= 0}
+    base_models = [name for name in student_info["weights_from"] if not Path(name).exists()]
+    metadata = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag="object-detection",
+        tags=["object-detection", "asd_hf", *(["knowledge-distillation"] if teacher_info else [])],
+        base_model=base_models or None,
+        base_model_relation="finetune" if base_models else None,
+        datasets=[dataset["id"]] if dataset.get("id") else None,
+        metrics=["mean_average_precision"],
+        model_name=model_id.split("/")[-1],
+        eval_results=[
+            EvalResult(
+                task_type="object-detection",
+                dataset_type=dataset.get("id") or dataset["name"],
+                dataset_name=dataset["name"],
+                dataset_split=protocol["split"],
+                metric_type="mean_average_precision" if key.startswith("AP") else "mean_average_recall",
+                metric_name=key,
+                metric_value=value,
+            )
+            for key, value in numbers.items()
+        ]
+        or None,
+    )
+    summary = f"`{student_info['architecture']}`, trained on {dataset['name']}"
+    if teacher_info:
+        teacher = teacher_info["id"]
+        on_hub = f"[{teacher}](https://huggingface.co/{teacher})"
+        summary += f" under the teacher {_public(teacher) if Path(teacher).exists() else on_hub}"
+    if method_paper:
+        summary += f" with the method of *{method_paper['title']}* ({method_paper['id']})"
+    card = ModelCard(
+        CARD.format(
+            metadata=metadata.to_yaml(),
+            name=metadata.model_name,
+            summary=summary + ".",
+            model_id=model_id,
+            results=_results(metrics, protocol),
+            config=config_yaml.strip(),
+            citation=f"\n## Citation\n\n```bibtex\n{method_paper['bibtex'].strip()}\n```\n" if method_paper else "",
+        )
+    )
+    card.save(Path(folder) / "README.md")
+    return card
+
+
+def _public(name: str) -> str:
+    """A Hub id as it is, of a folder the last part: the paths of the author's machine are nobody's business."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def _results(metrics: dict[str, dict[str, float]], protocol: dict | None) -> str:
+    if protocol is None:
+        return "Not evaluated yet.\n"
+    header, *rows = table_rows(metrics)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    terms = yaml.safe_dump(protocol | {"source": _public(protocol["source"])}, sort_keys=False)
+    return f"{table}\n\nAP in per cent, by COCO's rules, under this protocol:\n\n```yaml\n{terms}```\n"
