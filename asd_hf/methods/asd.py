@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from ..detectors.base import DetectorOutput, DetectorSpec
 from ..errors import UserError
-from ..ops import cxcywh_to_xyxy, generalized_iou, inverse_sigmoid
+from ..ops import cxcywh_to_xyxy, generalized_iou
 from ..registry import nearest
 from .base import DistillationMethod, MethodConfig
 
@@ -363,7 +363,7 @@ class ASD(DistillationMethod):
     def _box_values(self, boxes: Tensor) -> Tensor:
         if self.config.box_space == "xyxy":
             return cxcywh_to_xyxy(boxes)
-        return inverse_sigmoid(boxes) if self.config.box_space == "logit" else boxes
+        return boxes.logit(eps=EPSILON) if self.config.box_space == "logit" else boxes
 
     def _corners(self, values: Tensor) -> Tensor:
         if self.config.box_space == "xyxy":

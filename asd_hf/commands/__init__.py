@@ -1,0 +1,39 @@
+"""What `asd-hf <command>` and the scripts run."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from ..errors import UserError
+from ..registry import nearest
+
+COMMANDS = {
+    "train": "train a student, with or without a teacher",
+    "evaluate": "COCO numbers of a model on a data set",
+    "shard": "turn a data set into balanced Parquet shards in the Hub's layout",
+    "make-shapes": "write the generated data set as a COCO folder",
+}
+
+
+def run(command: str, argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        import_module(f".{command.replace('-', '_')}", __name__).main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def cli() -> int:
+    """`asd-hf <command> ...`"""
+    command, *argv = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        print("usage: asd-hf COMMAND ...; asd-hf COMMAND --help tells more\n")
+        print("\n".join(f"  {name:<12} {text}" for name, text in COMMANDS.items()))
+        return 0
+    if command not in COMMANDS:
+        print(f"error: unknown command {command!r}: {nearest(command, COMMANDS)}", file=sys.stderr)
+        return 2
+    return run(command, argv)
