@@ -150,6 +150,16 @@ def build_config(raw: dict[str, dict], where: str = "configuration") -> RunConfi
     )
 
 
+def parse_overrides(cls: type, values: dict, section: str, overrides: list[str]):
+    """An instance of section dataclass `cls` with `values`, then the `section.key=value` strings of a command line."""
+    raw = {section: dict(values)}
+    for item in overrides:
+        _override(raw, item)
+    for other in raw.keys() - {section}:
+        raise UserError(f"{other}: only {section}.key=value applies here")
+    return _fill(cls, raw[section], section)
+
+
 def describe_config() -> str:
     """Every key with its default and meaning, for `--help`."""
     methods = {f"method (name: {n})": _method_config(n) for n in (NO_METHOD, *METHODS)}

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from ..config import parse_overrides
+from ..data import DataConfig, DetectionStream, RowTransform, build_loader, open_source, resize_spec
+from ..detectors import get_adapter
+from ..evaluation import TOP_K, evaluate_detector, format_table, milliseconds_per_image
+from ..student import load_teacher
+
+
+def main(argv: list[str]) -> None:
+    """COCO's numbers of a model on a data set."""
+    parser = argparse.ArgumentParser(prog="asd-hf evaluate", description=main.__doc__)
+    parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="a checkpoint with its image processor")
+    parser.add_argument("--data", required=True, metavar="SOURCE", help="as data.source of a configuration")
+    parser.add_argument("--split", default="val", metavar="NAME", help="default: val")
+    parser.add_argument("--output", type=Path, default=Path("metrics.json"), metavar="FILE", help="default: metrics.json")
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="also write COCO results to this file")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="default: 8")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="loader workers (default: 0)")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="data.key=value", help="other keys of the data section, as data.box_format=xywh"
+    )
+    evaluate(parser.parse_args(argv))
+
+
+def evaluate(args: argparse.Namespace) -> dict:
+    """Evaluates as `args` says and returns what it writes to `args.output`."""
+    state = PartialState()
+    adapter = get_adapter(*load_teacher(args.model))
+    adapter.model.to(state.device)
+    # The resolution is the model's own: it is what its processor says.
+    config = data_config(adapter.processor, args.data, args.split, args.overrides)
+    source = open_source(config.source, config.eval_split, config)
+    stream = DetectionStream(
+        source,
+        RowTransform(config, training=False),
+        batch_size=args.batch_size,
+        rank=state.process_index,
+        world_size=state.num_processes,
+        num_workers=args.workers,
+        shuffle=False,
+        drop_last=False,
+    )
+    loader = build_loader(stream, args.workers, pin_memory=state.device.type == "cuda")
+    with torch.autocast(state.device.type, torch.bfloat16, enabled=args.bf16):
+        numbers, evaluator = evaluate_detector(
+            adapter,
+            loader,
+            source.class_names,
+            source.category_ids,
+            device=state.device,
+            progress=state.is_main_process,
+        )
+        batch = next(iter(loader))
+        pixels, mask = batch["pixel_values"].to(state.device), batch["pixel_mask"].to(state.device)
+        latency = milliseconds_per_image(adapter, pixels, mask)
+    numbers = {"parameters": sum(p.numel() for p in adapter.model.parameters()), "ms_per_image": latency} | numbers
+    numbers["protocol"] = evaluator.protocol(
+        resolution=resize_spec(config), top_k=TOP_K, source=args.data, split=args.split
+    )
+    if state.is_main_process:
+        print(format_table({args.model: numbers}))
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(numbers, indent=2) + "\n")
+        if args.predictions is not None:
+            args.predictions.parent.mkdir(parents=True, exist_ok=True)
+            args.predictions.write_text(json.dumps(evaluator.predictions()))
+    return numbers
+
+
+def data_config(processor, source: str, split: str, overrides: list[str]) -> DataConfig:
+    """The data section that resizes as the model's processor does, then `overrides`."""
+    size = dict(processor.size)
+    values = {"source": source, "eval_split": split}
+    if "shortest_edge" in size:
+        values |= {"resize": "multiscale", "eval_size": size["shortest_edge"], "max_size": size["longest_edge"]}
+    else:
+        values |= {"resize": "fixed", "fixed_size": [size["height"], size["width"]]}
+    return parse_overrides(DataConfig, values, "data", overrides)
