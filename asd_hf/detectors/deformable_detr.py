@@ -9,6 +9,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from transformers import DeformableDetrImageProcessor
 from transformers.models.deformable_detr.modeling_deformable_detr import (
     DeformableDetrFrozenBatchNorm2d,
     inverse_sigmoid,
@@ -23,11 +24,11 @@ class DeformableDetrAdapter(DetectorAdapter):
     Heads and reference points run in fp32 whatever autocast says: in bf16 a box is off by up to a pixel at 640 pixels.
 
     Class attributes:
-        processor_class: name of the image processor in `transformers`.
+        processor_class: image processor of the family.
         slow_parameters: fragments of the names of parameters that train at a tenth of the rate (paper, appendix A.2).
     """
 
-    processor_class = "DeformableDetrImageProcessor"
+    processor_class = DeformableDetrImageProcessor
     slow_parameters = ("sampling_offsets", "reference_points")
 
     def __init__(self, model: nn.Module, processor) -> None:
@@ -141,6 +142,14 @@ class DeformableDetrAdapter(DetectorAdapter):
         """The timm or Transformers backbone."""
         return self.model.model.backbone.model
 
+    @property
+    def layer_lists(self) -> dict[str, int]:
+        """Module lists with one entry a layer, and how many layers; heads of two stages have one entry more."""
+        config = self.model.config
+        heads = ("class_embed", "bbox_embed", "model.decoder.class_embed", "model.decoder.bbox_embed")
+        decoder = dict.fromkeys(("model.decoder.layers", *heads), config.decoder_layers)
+        return {"model.encoder.layers": config.encoder_layers} | decoder
+
     def _strides(self) -> tuple[int, ...]:
         """Strides of `DetectorOutput.features`, measured: a backbone may be dilated or give any of its stages."""
         tensors = chain(self.backbone.named_parameters(), self.backbone.named_buffers())
@@ -236,12 +245,21 @@ class DeformableDetrAdapter(DetectorAdapter):
         frozen = [(n, m) for n, m in self.backbone.named_modules() if isinstance(m, DeformableDetrFrozenBatchNorm2d)]
         chosen = [(name, old) for name, old in frozen if wanted(name)]
         for name, old in chosen:
-            new = nn.BatchNorm2d(len(old.weight), device=old.weight.device)
-            new.num_batches_tracked = None  # frozen batch norm has none, and a momentum makes it needless
+            new = _BatchNorm2d(len(old.weight), device=old.weight.device)
             new.load_state_dict(old.state_dict())
             parent, _, attribute = name.rpartition(".")
             setattr(self.backbone.get_submodule(parent), attribute, new)
         return len(chosen)
+
+
+class _BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm with the saved tensors of a frozen one: no count of batches, which a momentum makes needless."""
+
+    _load_from_state_dict = nn.Module._load_from_state_dict  # batch norm's own would ask for the count
+
+    def __init__(self, num_features: int, **options) -> None:
+        super().__init__(num_features, **options)
+        self.num_batches_tracked = None
 
 
 def _outside_autocast(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,414 @@
+"""The models of a run: the teacher as it is, and a student loaded or built to the data's classes."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import LongTensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    PreTrainedConfig,
+)
+
+from .detectors import ADAPTERS, adapter_class, get_adapter
+from .detectors.base import DetectorAdapter
+from .errors import UserError
+from .registry import nearest
+
+logger = logging.getLogger(__name__)
+
+_NOT_ARCHITECTURE = {
+    *("_name_or_path", "architectures", "dtype", "id2label", "label2id", "model_type", "problem_type"),
+    "transformers_version",
+}
+
+
+def _option(default, text: str):
+    make = {"default_factory": default} if callable(default) else {"default": default}
+    return field(**make, metadata={"help": text})
+
+
+@dataclass
+class StudentConfig:
+    """Which student to train: a checkpoint, or an architecture built anew."""
+
+    checkpoint: str | None = _option(
+        None, "Hub id or folder of a student to train on; excludes the options of a new one"
+    )
+    base: str = _option(
+        "teacher", "Architecture: 'teacher', Hub id or folder with a config, or a type (deformable_detr)"
+    )
+    backbone: str | None = _option(
+        None, "Other backbone: a timm name (resnet18), or Hub id or folder of a Transformers one"
+    )
+    pretrained_backbone: bool = _option(False, "Load the weights of `backbone` too")
+    encoder_layers: int | None = _option(None, "Encoder layers; default: as the architecture")
+    decoder_layers: int | None = _option(None, "Decoder layers; default: as the architecture")
+    num_queries: int | None = _option(None, "Object queries (two stages: proposals); default: as the architecture")
+    d_model: int | None = _option(None, "Width, a multiple of 32; default: as the architecture")
+    config: dict[str, Any] = _option(dict, "Any further attribute of the architecture's configuration")
+    copy_weights: bool = _option(False, "Copy from the teacher all weights that fit")
+    frozen_stages: int | None = _option(
+        None,
+        "-1: train all of the backbone, 0: freeze its stem, 1: stem and first stage, ...; default: 1 if pretrained",
+    )
+    frozen_batch_norm: bool = _option(True, "Keep batch norm fixed; false for a backbone that trains from scratch")
+
+
+@dataclass
+class ModelConfig:
+    """The `model` section of a run's configuration."""
+
+    teacher: str | None = _option(None, "Hub id or folder of the teacher; none: train without one")
+    student: StudentConfig | str = _option(StudentConfig, "Hub id or folder of the student, or how to build one")
+
+
+def load_teacher(name: str) -> tuple[nn.Module, Any]:
+    """A frozen detector in eval mode and its image processor.
+
+    Raises:
+        UserError: no such model, or it is no detector of a known family, lacks weights or an image processor.
+    """
+    model, processor = _load_detector(name, "model.teacher")
+    return model.requires_grad_(False).eval(), processor
+
+
+def build_student(
+    config: StudentConfig | str,
+    teacher_model: nn.Module | None,
+    teacher_processor,
+    class_names: tuple[str, ...],
+    size: dict[str, int],
+) -> tuple[nn.Module, Any]:
+    """Loads or builds the student and sets what of it is trained.
+
+    Its classes are `class_names`, in this order. A checkpoint with other classes keeps the weights of those that it
+    knows by name. New weights are drawn from torch's global generator.
+
+    Args:
+        size: of images at inference, as image processors have it: {"shortest_edge": 800, "longest_edge": 1333}.
+
+    Raises:
+        UserError: an option is unknown, contradicts another or cannot be built.
+    """
+    config = StudentConfig(checkpoint=config) if isinstance(config, str) else config
+    teacher = None if teacher_model is None else get_adapter(teacher_model, teacher_processor)
+    pretrained = config.pretrained_backbone
+    if config.checkpoint is not None:
+        unused = ("base", "backbone", "encoder_layers", "decoder_layers", "num_queries", "d_model", "config")
+        new = StudentConfig()
+        for name in (*unused, "pretrained_backbone", "copy_weights"):
+            if getattr(config, name) != getattr(new, name):
+                raise UserError(f"model.student.{name} is for a new student: {config.checkpoint} is loaded as it is")
+        model, processor = _load_detector(config.checkpoint, "model.student.checkpoint", size=dict(size))
+        student, pretrained = get_adapter(model, processor), True
+    else:
+        if config.copy_weights and teacher is None:
+            raise UserError("model.student.copy_weights needs model.teacher")
+        names = teacher.spec.class_names if config.copy_weights else tuple(class_names)
+        architecture = _architecture(config, teacher_model, names)
+        model = _new_model(architecture)
+        student = get_adapter(model, _new_processor(architecture.model_type, teacher_processor, size))
+        student.reset_transformer()
+        student.reset_heads()
+        if config.pretrained_backbone:
+            _load_backbone_weights(student, config.backbone, architecture.backbone_config)
+        if config.copy_weights:
+            copied = copy_weights(student, teacher)
+            logger.info("copied %d modules of the teacher: %s", len(copied), ", ".join(copied))
+            pretrained = pretrained or any(
+                model.get_submodule(name) in set(student.backbone.modules()) for name in copied
+            )
+    _set_classes(student, tuple(class_names))
+    model.config.auxiliary_loss = True
+    stages = config.frozen_stages if config.frozen_stages is not None else (1 if pretrained else -1)
+    if not config.frozen_batch_norm:
+        count = student.train_batch_norm(lambda name: backbone_stage(name) > stages)
+        logger.info("%d batch norms of the backbone are trained", count)
+    freeze_backbone(student, stages)
+    return model.train(), student.processor
+
+
+def align_classes(student_names: tuple[str, ...], teacher_names: tuple[str, ...]) -> LongTensor:
+    """The teacher's column of each class of the student, by name: case, outer spaces, `_` and `-` make no difference.
+
+    Raises:
+        UserError: the teacher lacks some of the classes, or has one of them twice.
+    """
+    rows = _rows(student_names, teacher_names)
+    missing = [name for name, row in zip(student_names, rows, strict=True) if row is None]
+    if len(missing) == len(student_names):
+        raise UserError(
+            f"teacher and student share no class: the teacher has {_short(teacher_names)}, "
+            f"the student {_short(student_names)}"
+        )
+    if missing:
+        raise UserError(f"the teacher does not know {len(missing)} of the student's classes: {_short(missing)}")
+    return torch.tensor(rows)
+
+
+def freeze_backbone(adapter: DetectorAdapter, frozen_stages: int) -> list[str]:
+    """Freezes the stem and the first `frozen_stages` stages of the backbone, and nothing else; -1 freezes nothing.
+
+    Transformers' own freezing is undone: it depends on module names that not all backbones have.
+
+    Returns:
+        Names of the frozen parameters within the backbone. They are counted in the log.
+
+    Raises:
+        UserError: stages are to be frozen and the backbone names none.
+    """
+    parameters = dict(adapter.backbone.named_parameters())
+    if frozen_stages > 0 and max(map(backbone_stage, parameters)) == 0:
+        raise UserError(
+            f"cannot tell the stages of {type(adapter.backbone).__name__}: set model.student.frozen_stages to -1 or 0"
+        )
+    frozen = [name for name in parameters if backbone_stage(name) <= frozen_stages]
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name not in frozen)
+    logger.info("%d of %d backbone tensors frozen (frozen_stages %d)", len(frozen), len(parameters), frozen_stages)
+    return frozen
+
+
+# timm: layer1.0.conv1, s1.b1, stages_0.blocks, layers_0.blocks; Transformers: encoder.stages.0.layers.0,
+# encoder.layers.0.blocks, hidden_states_norms.stage2. The first of these in a name is the stage.
+_STAGE = re.compile(r"(?:^|\.)(?:(?:layer|stage|s)(?P<from_1>\d+)|(?:stages|layers)[._](?P<from_0>\d+))(?:\.|$)")
+
+
+def backbone_stage(name: str) -> int:
+    """Stage of a module or parameter by its name within the backbone: 0 is the stem, 1 the first stage."""
+    match = _STAGE.search(name)
+    if match is None:
+        return 0
+    return int(match["from_1"]) if match["from_1"] else int(match["from_0"]) + 1
+
+
+def copy_weights(student: DetectorAdapter, teacher: DetectorAdapter) -> list[str]:
+    """Copies the teacher's modules whose tensors all fit into the student, the backbone as a whole or not at all.
+
+    Where the student has fewer layers, they take the weights of evenly spaced ones, the last always included
+    (Shleifer and Rush, arXiv 2010.13002). Where it has fewer queries, it takes the first ones.
+
+    Returns:
+        Names of the student's modules that were copied.
+
+    Raises:
+        UserError: the two are of different families.
+    """
+    if student.spec.family != teacher.spec.family:
+        raise UserError(
+            f"model.student.copy_weights: a {student.spec.family} cannot take weights of a {teacher.spec.family}"
+        )
+    source, target = dict(teacher.model.named_modules()), dict(student.model.named_modules())
+    backbone = {id(module) for module in student.backbone.modules()}
+    pairs = {}
+    for name, module in target.items():
+        twin = source.get(_twin(name, student.layer_lists, teacher.layer_lists))
+        if _tensors(module) and twin is not None and _fits(module, twin):
+            pairs[name] = twin
+    whole = all(
+        name in pairs for name, module in target.items() if id(module) in backbone and _tensors(module)
+    ) and len(_state(teacher.backbone)) == len(_state(student.backbone))
+    copied = []
+    with torch.no_grad():
+        for name, twin in pairs.items():
+            if whole or id(target[name]) not in backbone:
+                theirs = _tensors(twin)
+                for key, tensor in _tensors(target[name]).items():
+                    tensor.copy_(theirs[key][: len(tensor)] if tensor.dim() else theirs[key])
+                copied.append(name)
+    return copied
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The module's own parameters and saved buffers, without those of its children."""
+    return {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if "." not in name}
+
+
+def _state(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in module.state_dict().items() if not k.endswith("num_batches_tracked")}
+
+
+def _fits(module: nn.Module, twin: nn.Module) -> bool:
+    ours, theirs = _tensors(module), _tensors(twin)
+    if isinstance(module, nn.Embedding) and isinstance(twin, nn.Embedding):  # queries: the first rows will do
+        return len(module.weight) <= len(twin.weight) and module.weight.shape[1] == twin.weight.shape[1]
+    return all(name in theirs and theirs[name].shape == tensor.shape for name, tensor in ours.items())
+
+
+def _twin(name: str, student_lists: dict[str, int], teacher_lists: dict[str, int]) -> str:
+    """The teacher's name of the student's module `name`."""
+    for prefix, layers in student_lists.items():
+        if name.startswith(f"{prefix}."):
+            number, *rest = name[len(prefix) + 1 :].split(".")
+            number, theirs = int(number), teacher_lists[prefix]
+            if number >= layers:
+                number += theirs - layers
+            else:
+                number = round(number * (theirs - 1) / (layers - 1)) if layers > 1 else theirs - 1
+            return ".".join([prefix, str(number), *rest])
+    return name
+
+
+def _set_classes(student: DetectorAdapter, class_names: tuple[str, ...]) -> None:
+    if student.spec.class_names == class_names:
+        return
+    rows = _rows(class_names, student.spec.class_names)
+    fresh = [name for name, row in zip(class_names, rows, strict=True) if row is None]
+    logger.info(
+        "class head of %d classes replaced by one of %d: %d keep their weights, %d are fresh%s",
+        len(student.spec.class_names),
+        len(class_names),
+        len(class_names) - len(fresh),
+        len(fresh),
+        f" ({_short(fresh)})" if fresh else "",
+    )
+    student.replace_classes(class_names, rows)
+
+
+def _rows(wanted: tuple[str, ...], known: tuple[str, ...]) -> list[int | None]:
+    """Where each of `wanted` stands in `known`."""
+    keys = [_key(name) for name in known]
+    for name in wanted:
+        if keys.count(_key(name)) > 1:
+            raise UserError(f"class {name!r} stands more than once among {_short(known)}")
+    return [keys.index(_key(name)) if _key(name) in keys else None for name in wanted]
+
+
+def _key(name: str) -> str:
+    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+
+
+def _short(names: list[str] | tuple[str, ...]) -> str:
+    return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
+
+
+def _load_detector(name: str, key: str, **processor_options) -> tuple[nn.Module, Any]:
+    config = _load_config(name, key)
+    adapter_class(config.model_type)
+    try:
+        # Half-precision weights would be loaded as such, and detectors need fp32 ones and autocast.
+        model, report = AutoModelForObjectDetection.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{key}: {name} cannot be loaded as a detector: {_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{key}: {name} lacks {len(missing)} weights of {type(model).__name__}: {_short(missing)}")
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, **processor_options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: {name} has no image processor: save one beside the model") from error
+    return model, processor
+
+
+def _load_config(name: str, key: str) -> PreTrainedConfig:
+    if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise UserError(f"{key}: folder {name} does not exist")
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = "holds no model" if Path(name).is_dir() else "is neither a folder nor a model that the Hub gives"
+        raise UserError(f"{key}: {name} {reason}: {_line(error)}") from error
+
+
+def _architecture(
+    config: StudentConfig, teacher_model: nn.Module | None, class_names: tuple[str, ...]
+) -> PreTrainedConfig:
+    if config.base == "teacher":
+        if teacher_model is None:
+            raise UserError(
+                f"model.student.base is 'teacher', but there is no model.teacher: name one of {', '.join(ADAPTERS)}, "
+                "a Hub id or a folder"
+            )
+        base = teacher_model.config
+    elif config.base in ADAPTERS:
+        base = CONFIG_MAPPING[config.base]()
+    else:
+        base = _load_config(config.base, "model.student.base")
+    sizes = {name: getattr(config, name) for name in ("encoder_layers", "decoder_layers", "num_queries", "d_model")}
+    values = adapter_class(base.model_type).config_values(**sizes)
+    known = base.to_dict()
+    valid = set(known) - _NOT_ARCHITECTURE
+    for name in config.config:
+        if name not in valid:
+            raise UserError(f"model.student.config.{name} is unknown to {base.model_type}: {nearest(name, valid)}")
+        if name in values:
+            raise UserError(f"model.student.config.{name} contradicts the option model.student has for it: give one")
+    values |= config.config
+    # As many of the last stages as the architecture takes of its own backbone.
+    indices = [-n for n in range(len(base.backbone_config.out_indices), 0, -1)]
+    if config.backbone is not None:
+        if "backbone_config" in config.config:
+            raise UserError("give model.student.backbone or model.student.config.backbone_config, not both")
+        values["backbone_config"] = _backbone_config(config.backbone, indices)
+    elif config.pretrained_backbone:
+        raise UserError("model.student.pretrained_backbone needs model.student.backbone")
+    elif "backbone_config" in values and not {"out_features", "out_indices"} & set(values["backbone_config"]):
+        values["backbone_config"] = values["backbone_config"] | {"out_indices": indices}
+    names = {
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {name: i for i, name in enumerate(class_names)},
+    }
+    try:
+        return type(base)(**(known | values | names))
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+        raise UserError(f"model.student: {base.model_type} cannot have this configuration: {_line(error)}") from error
+
+
+def _backbone_config(backbone: str, indices: list[int]) -> dict[str, Any]:
+    if timm.is_model(backbone):
+        return {
+            "model_type": "timm_backbone",
+            "backbone": backbone,
+            "features_only": True,
+            "use_pretrained_backbone": False,  # a saved student must not ask for them again
+            "out_indices": indices,
+        }
+    if not Path(backbone).is_dir() and "/" not in backbone:
+        raise UserError(f"model.student.backbone: timm has no {backbone!r}: {nearest(backbone, timm.list_models())}")
+    found = _load_config(backbone, "model.student.backbone").to_dict()
+    return {k: v for k, v in found.items() if k not in ("out_features", "stage_names")} | {"out_indices": indices}
+
+
+def _new_model(architecture: PreTrainedConfig) -> nn.Module:
+    try:
+        return AutoModelForObjectDetection.from_config(architecture, dtype=torch.float32)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        hint = " (Transformers needs at least 2 decoder layers)" if "tie_weights_keys" in str(error) else ""
+        raise UserError(f"model.student cannot be built{hint}: {_line(error)}") from error
+
+
+def _new_processor(model_type: str, teacher_processor, size: dict[str, int]):
+    options: dict[str, Any] = {"size": dict(size)}
+    if teacher_processor is not None:
+        for name in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"):
+            options[name] = getattr(teacher_processor, name)
+    return adapter_class(model_type).processor_class(**options)
+
+
+def _load_backbone_weights(student: DetectorAdapter, backbone: str, backbone_config: PreTrainedConfig) -> None:
+    indices = list(backbone_config.out_indices)
+    try:
+        if timm.is_model(backbone):
+            donor = timm.create_model(backbone, pretrained=True, features_only=True, out_indices=indices)
+        else:
+            donor = AutoBackbone.from_pretrained(backbone, out_indices=indices, use_safetensors=True)
+        student.backbone.load_state_dict(_state(donor))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"model.student: no weights of backbone {backbone}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
