@@ -1,0 +1,21 @@
+"""From a data set, wherever it lies, to padded batches."""
+
+from .collate import collate
+from .config import DataConfig
+from .shapes import make_shapes
+from .sources import Source, open_source
+from .stream import DetectionStream, build_loader
+from .transforms import RowTransform, build_transform, resize_spec
+
+__all__ = [
+    "DataConfig",
+    "DetectionStream",
+    "RowTransform",
+    "Source",
+    "build_loader",
+    "build_transform",
+    "collate",
+    "make_shapes",
+    "open_source",
+    "resize_spec",
+]

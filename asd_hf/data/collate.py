@@ -1,0 +1,50 @@
+"""Samples to a padded batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Pads images at the bottom and the right; boxes stay relative to the valid image.
+
+    Returns:
+        `pixel_values` uint8 (B, 3, H, W), zero where padded; `pixel_mask` bool (B, H, W), true where valid;
+        `labels`, a list of B dictionaries: `class_labels` int64 (T,), `boxes` float32 (T, 4) as cxcywh in [0, 1],
+        `image_id` int64 (), `orig_size` int64 (2,) as (height, width) of the file, and in evaluation `ground_truth`
+        float64 (G, 7): x, y, w, h in pixels of the file, area, iscrowd, class index, of all annotations.
+    """
+    return unpack(pack(samples))
+
+
+def pack(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch with the labels of all images joined, so that a worker sends a handful of tensors and not six an image.
+
+    Each tensor sent takes a file descriptor; with one a label, large batches run out of them.
+    """
+    images = [sample["pixel_values"] for sample in samples]
+    height, width = max(image.shape[-2] for image in images), max(image.shape[-1] for image in images)
+    pixel_values = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    pixel_mask = torch.zeros(len(images), height, width, dtype=torch.bool)
+    for index, image in enumerate(images):
+        h, w = image.shape[-2:]
+        pixel_values[index, :, :h, :w] = image
+        pixel_mask[index, :h, :w] = True
+    labels = {}
+    for key in samples[0]["labels"]:
+        values = [sample["labels"][key] for sample in samples]
+        values = [value[None] for value in values] if key in ("image_id", "orig_size") else values
+        labels[key] = (torch.cat(values), [len(value) for value in values])
+    return {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "labels": labels}
+
+
+def unpack(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch of `collate` from a packed one, its labels as views of the joined tensors."""
+    columns = {}
+    for key, (joined, lengths) in batch["labels"].items():
+        parts = joined.split(lengths)
+        columns[key] = [part[0] for part in parts] if key in ("image_id", "orig_size") else parts
+    labels = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return {**batch, "labels": labels}

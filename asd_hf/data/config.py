@@ -1,0 +1,83 @@
+"""The `data` section of a configuration: which images, and what is done to them before a model sees them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from ..errors import UserError
+
+
+@dataclass
+class DataConfig:
+    """See the help of each field, which `--help` prints."""
+
+    source: str = field(
+        default="shapes",
+        metadata={
+            "help": "a COCO folder, a data set saved on disk, a folder of Parquet or WebDataset shards, a Hub id, or "
+            "'shapes' for the generated one ('shapes?num_train=2000&num_val=400&image_size=128&seed=0')"
+        },
+    )
+    train_split: str = field(default="train", metadata={"help": "split to train on"})
+    eval_split: str = field(default="val", metadata={"help": "split to evaluate on"})
+    box_format: str | None = field(
+        default=None,
+        metadata={
+            "help": "how the source writes a box, 'xywh' or 'xyxy', in absolute pixels; null takes what the layout "
+            "states or what its first boxes prove, and stops if they prove nothing",
+            "choices": ["xywh", "xyxy"],
+        },
+    )
+    resize: str = field(
+        default="multiscale",
+        metadata={
+            "help": "'multiscale': keep the aspect ratio, the shorter side as train_sizes and eval_size say, the "
+            "longer one at most max_size; 'fixed': every image to fixed_size",
+            "choices": ["multiscale", "fixed"],
+        },
+    )
+    train_sizes: list[int] = field(
+        default_factory=lambda: list(range(480, 801, 32)),
+        metadata={"help": "shorter sides in pixels, one drawn for each training image"},
+    )
+    eval_size: int = field(default=800, metadata={"help": "shorter side in pixels in evaluation"})
+    max_size: int = field(
+        default=1333, metadata={"help": "cap of the longer side in pixels, whatever the shorter one"}
+    )
+    fixed_size: list[int] | None = field(
+        default=None, metadata={"help": "[height, width] in pixels of every image under resize: fixed"}
+    )
+    augmentation: str = field(
+        default="detr",
+        metadata={
+            "help": "of training images. 'detr': flip, and for half of the images a crop before the resize (shorter "
+            "side to 400, 500 or 600, then a crop of 384 to 600, all scaled by the largest training size over 800); "
+            "'flip': flip and resize; 'none': resize",
+            "choices": ["detr", "flip", "none"],
+        },
+    )
+    shuffle_buffer: int = field(
+        default=1000,
+        metadata={
+            "help": "rows that a loader worker holds, still encoded, to shuffle among them (after shuffling shards)"
+        },
+    )
+    num_eval_images: int | None = field(
+        default=None, metadata={"help": "evaluate on this many images, the first of the split; null: on all"}
+    )
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            value, choices = getattr(self, spec.name), spec.metadata.get("choices")
+            if choices and value not in choices and value != spec.default:
+                raise UserError(f"data.{spec.name} is {value!r}: it must be one of {', '.join(choices)}")
+        if not self.train_sizes or min(*self.train_sizes, self.eval_size, self.max_size) < 1:
+            raise UserError("data.train_sizes, data.eval_size and data.max_size must be positive numbers of pixels")
+        if self.resize == "fixed" and (
+            self.fixed_size is None or len(self.fixed_size) != 2 or min(self.fixed_size) < 1
+        ):
+            raise UserError(f"data.fixed_size is {self.fixed_size}: resize: fixed needs [height, width] in pixels")
+        if self.shuffle_buffer < 1:
+            raise UserError(f"data.shuffle_buffer is {self.shuffle_buffer}: at least 1 is needed")
+        if self.num_eval_images is not None and self.num_eval_images < 1:
+            raise UserError(f"data.num_eval_images is {self.num_eval_images}: at least 1 is needed, or null for all")

@@ -1,0 +1,429 @@
+"""Data sets whose rows hold the image beside its objects: on the Hub, saved on disk, Parquet or WebDataset shards."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import logging
+import math
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import datasets
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from ..errors import UserError
+from .cache import digest
+from .rows import MAX_SHARDS, Source, cut_evenly, read_rows, stream_of
+
+logger = logging.getLogger(__name__)
+
+# The names in use, first come first served
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
+OBJECT_COLUMNS = ("objects", "annotations")
+BOX_FIELDS = ("bbox", "bboxes", "boxes")
+CATEGORY_FIELDS = ("category", "categories", "category_id", "class", "classes", "label", "labels")
+NAME_FIELDS = ("category_name", "category_names")
+AREA_FIELDS = ("area", "areas")
+CROWD_FIELDS = ("iscrowd", "iscrowds")
+
+BOXES_TO_DETECT = 1000
+UNKNOWN_LENGTH = 1 << 32  # rows that a shard of unknown length is taken to have, to number rows without image_id
+
+
+@dataclass
+class Raw:
+    """Rows as they are stored, images not decoded."""
+
+    name: str  # for messages
+    stream: datasets.IterableDataset
+    lengths: list[int] | None
+    fingerprint: str
+    annotations: datasets.IterableDataset | None  # the same rows without their images; None where that saves nothing
+    folder: Path | None = None
+    manifest: dict[str, Any] | None = None
+
+
+def open_table(source: str, split: str, box_format: str | None) -> Source:
+    """Opens a split of a folder of `save_to_disk`, of Parquet or WebDataset shards, or of a data set on the Hub.
+
+    Class names come from `manifest_<split>.json`, from a ClassLabel, or from a `category_name` beside the numbers. The
+    box format is `box_format`, else the manifest's, else the only one that the first boxes allow. Rows without
+    `image_id` are numbered in their order.
+
+    Raises:
+        UserError: the source, the split, class names or box format are not to be found, or do not fit the rows.
+    """
+    folder = Path(source).expanduser()
+    raw = _open_folder(folder, split) if folder.is_dir() else _open_hub(source, split)
+    manifest = raw.manifest or {}
+    names, ids, known = _classes(raw, manifest)
+    box_format = box_format or manifest.get("box_format") or _detect_box_format(raw)
+    reader = TableReader(raw.stream, raw.lengths, known, box_format == "xyxy", raw.folder, raw.name)
+    return Source(
+        stream=stream_of(reader, raw.stream.num_shards),
+        class_names=names,
+        category_ids=ids,
+        shard_lengths=raw.lengths,
+        fingerprint=digest(raw.fingerprint, box_format, names, ids),
+    )
+
+
+# -- where the rows are -----------------------------------------------------------------------------------------------
+
+
+def _open_folder(folder: Path, split: str) -> Raw:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return _open_saved(folder, split)
+    manifest_file = folder / f"manifest_{split}.json"
+    manifest = json.loads(manifest_file.read_text()) if manifest_file.is_file() else None
+    for suffix, read in (("parquet", _open_parquet), ("tar", _open_tars)):
+        patterns = [f"{split}.{suffix}", f"{split}-*.{suffix}", f"data/{split}-*.{suffix}", f"{split}/*.{suffix}"]
+        files = sorted(path for pattern in patterns for path in folder.glob(pattern))
+        if files or (manifest or {}).get("shards", [{"file": ""}])[0]["file"].endswith(suffix):
+            if manifest and "shards" in manifest:
+                _check_shards(folder, manifest_file, manifest, files)
+            raw = read(folder, split, files)
+            raw.manifest = manifest
+            return raw
+    raise UserError(
+        f"{folder} holds no split {split!r}: looked for annotations/instances_{split}.json, a data set saved with "
+        f"save_to_disk, and {split}-*, data/{split}-* or {split}/* with .parquet or .tar"
+    )
+
+
+def _open_saved(folder: Path, split: str) -> Raw:
+    data = datasets.load_from_disk(str(folder))
+    splits = data if isinstance(data, datasets.DatasetDict) else {str(data.split): data}
+    if split not in splits:
+        raise UserError(f"{folder} has no split {split!r}; its splits: {', '.join(splits)}")
+    data = splits[split].with_format(None)
+    if not len(data):
+        raise UserError(f"{folder}: split {split!r} has no rows")
+    for column, feature in data.features.items():
+        if isinstance(feature, datasets.Image):
+            data = data.cast_column(column, datasets.Image(decode=False))
+    num_shards = min(MAX_SHARDS, len(data))
+    return Raw(
+        name=f"{folder} ({split})",
+        stream=data.to_iterable_dataset(num_shards=num_shards),
+        lengths=cut_evenly(len(data), num_shards),
+        fingerprint=data._fingerprint,
+        annotations=_without_images(data).to_iterable_dataset(num_shards=1),
+        folder=folder,
+    )
+
+
+def _open_parquet(folder: Path, split: str, files: list[Path]) -> Raw:
+    lengths = []
+    for file in files:
+        try:
+            lengths.append(pq.read_metadata(file).num_rows)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{file} is no Parquet file: {_first_line(error)}") from error
+    named = {"data_files": {split: [str(file) for file in files]}, "split": split, "streaming": True}
+    stream = datasets.load_dataset("parquet", **named).decode(False)
+    columns = [column for column in stream.column_names if column not in IMAGE_COLUMNS]
+    return Raw(
+        name=f"{folder} ({split})",
+        stream=stream,
+        lengths=lengths,
+        fingerprint=digest([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]),
+        annotations=datasets.load_dataset("parquet", columns=columns, **named),
+        folder=folder,
+    )
+
+
+def _open_tars(folder: Path, split: str, files: list[Path]) -> Raw:
+    # Not the webdataset builder of `datasets`: it types the JSON by the first five samples, and where their boxes are
+    # whole numbers it cuts the fractions off all others.
+    generate = datasets.IterableDataset.from_generator
+    return Raw(
+        name=f"{folder} ({split})",
+        stream=generate(_read_tars, gen_kwargs={"files": [str(file) for file in files]}),
+        lengths=None,
+        fingerprint=digest([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]),
+        annotations=generate(_read_tars, gen_kwargs={"files": [str(file) for file in files], "with_images": False}),
+        folder=folder,
+    )
+
+
+def _read_tars(files: list[str], with_images: bool = True) -> Iterator[dict[str, Any]]:
+    """Samples of WebDataset tars: neighbouring members whose names agree up to the first dot, one of them JSON."""
+    for file in files:
+        try:
+            with tarfile.open(file, "r|*") as archive:
+                members = ((member, *_key_and_suffix(member.name)) for member in archive if member.isfile())
+                for key, group in itertools.groupby(members, key=lambda item: item[1]):
+                    row: dict[str, Any] = {}
+                    for member, _, suffix in group:
+                        if suffix == "json":
+                            row |= json.loads(archive.extractfile(member).read())
+                        elif suffix in IMAGE_COLUMNS and with_images:
+                            row["image"] = {"bytes": archive.extractfile(member).read(), "path": member.name}
+                    if not any(column in row for column in OBJECT_COLUMNS):
+                        raise UserError(f"{file}: sample {key!r} has no .json with its objects")
+                    yield {"row": row}
+        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{file} cannot be read: {_first_line(error)}") from error
+
+
+def _key_and_suffix(name: str) -> tuple[str, str]:
+    base, _, suffix = PurePosixPath(name).name.partition(".")
+    return str(PurePosixPath(name).parent / base), suffix.lower()
+
+
+def _open_hub(source: str, split: str) -> Raw:
+    try:
+        stream = datasets.load_dataset(source, split=split, streaming=True)
+        fingerprint = digest(source, split, str(stream.info.version), sorted(stream.info.download_checksums or ()))
+    except Exception as error:  # whatever the Hub's client and the network raise
+        raise UserError(
+            f"data.source {source!r}, split {split!r}: no such folder, and not to be had from the Hub: "
+            f"{type(error).__name__}: {_first_line(error)}"
+        ) from error
+    inferred = _leaf(_find((stream.features or {}).get("json") or {}, OBJECT_COLUMNS)) or {}
+    if any(_leaf(inferred[name]).dtype.startswith("int") for name in BOX_FIELDS if name in inferred):
+        raise UserError(
+            f"data.source {source!r}: its first boxes are whole numbers, and `datasets` would cut off the fractions "
+            "of the others: download its tar files and give their folder"
+        )
+    if stream.features:
+        stream = stream.decode(False)
+    return Raw(name=source, stream=stream, lengths=None, fingerprint=fingerprint, annotations=None)
+
+
+def _without_images(data: datasets.Dataset) -> datasets.Dataset:
+    return data.remove_columns([column for column in IMAGE_COLUMNS if column in data.column_names])
+
+
+def _check_shards(folder: Path, manifest_file: Path, manifest: dict[str, Any], files: list[Path]) -> None:
+    """Compares a manifest's list of shards with the files that exist, by names and sizes."""
+    shards = {folder / shard["file"]: shard["bytes"] for shard in manifest["shards"]}
+    if missing := [str(file) for file in shards if not file.is_file()]:
+        raise UserError(f"{manifest_file} lists files that are missing: {', '.join(missing)}")
+    if extra := [str(file) for file in files if file not in shards]:
+        raise UserError(f"{manifest_file} does not list {', '.join(extra)}: delete them or write the shards anew")
+    for file, size in shards.items():
+        if file.stat().st_size != size:
+            raise UserError(f"{file} has {file.stat().st_size} bytes but {manifest_file} says {size}: write it anew")
+
+
+# -- what the rows mean -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TableReader:
+    """Reads the rows of one shard and checks them."""
+
+    stream: datasets.IterableDataset
+    lengths: list[int] | None
+    known: dict[int | str, int]  # a category as it is stored -> class index
+    corners: bool  # boxes are stored as two corners
+    folder: Path | None
+    name: str
+
+    def __call__(self, shard: int) -> Iterator[dict[str, Any]]:
+        first = shard * UNKNOWN_LENGTH if self.lengths is None else sum(self.lengths[:shard])
+        part = self.stream.shard(num_shards=self.stream.num_shards, index=shard)
+        for number, stored in enumerate(read_rows(part), start=first):
+            yield self.row(_flat(stored), number)
+
+    def row(self, stored: dict[str, Any], number: int) -> dict[str, Any]:
+        image_id = stored.get("image_id")
+        image_id = number if image_id is None else image_id
+        name = f"{self.name}: image {image_id}"
+        if not isinstance(image_id, int):
+            raise UserError(f"{self.name}: image_id {image_id!r} of row {number} is not an integer")
+        image = self._image(_find(stored, IMAGE_COLUMNS), name)
+        objects = _objects(stored, name)
+        boxes = objects.pop("bbox")
+        for index, box in enumerate(boxes):
+            if box is None or len(box) != 4 or not all(v is not None and math.isfinite(v) for v in box):
+                raise UserError(f"{name}: box {index} is {box}: it must be four finite numbers")
+            x, y, w, h = map(float, box)
+            w, h = (w - x, h - y) if self.corners else (w, h)
+            if w < 0 or h < 0:
+                stated = "xyxy" if self.corners else "xywh"
+                raise UserError(f"{name}: box {index} is {box}: as {stated} its size is negative; see data.box_format")
+            boxes[index] = [x, y, w, h]
+        categories = []
+        for category in objects["category"]:
+            if category not in self.known:
+                raise UserError(
+                    f"{name}: category {category!r} is not among the {len(set(self.known.values()))} classes"
+                )
+            categories.append(self.known[category])
+        count = len(boxes)
+        area = [w * h for _, _, w, h in boxes] if objects["area"] is None else list(map(float, objects["area"]))
+        crowd = [0] * count if objects["iscrowd"] is None else list(map(int, objects["iscrowd"]))
+        if {len(categories), len(area), len(crowd)} != {count}:
+            raise UserError(
+                f"{name}: {count} boxes, but {len(categories)} categories, {len(area)} areas, {len(crowd)} iscrowd"
+            )
+        return {
+            "image": image,
+            "image_id": image_id,
+            "width": stored.get("width"),
+            "height": stored.get("height"),
+            "objects": {"bbox": boxes, "category": categories, "area": area, "iscrowd": crowd},
+        }
+
+    def _image(self, image: Any, name: str) -> dict[str, Any]:
+        """The encoded bytes of an image, read from its file if the row only names one."""
+        if isinstance(image, bytes):
+            image = {"bytes": image, "path": None}
+        elif isinstance(image, str):
+            image = {"bytes": None, "path": image}
+        if not isinstance(image, dict) or (image.get("bytes") is None and image.get("path") is None):
+            raise UserError(f"{name} has no image: looked in the columns {', '.join(IMAGE_COLUMNS)}")
+        if image["bytes"] is not None:
+            return {"bytes": image["bytes"], "path": image["path"]}
+        if "://" in image["path"] and self.folder is None:  # a file of the Hub
+            with fsspec.open(image["path"], "rb") as file:
+                return {"bytes": file.read(), "path": image["path"]}
+        folder = (self.folder or Path()).resolve()
+        path = (folder / image["path"]).resolve()
+        if self.folder is None or not path.is_relative_to(folder):
+            raise UserError(f"{name} is only named, and {image['path']!r} is not inside the data set")
+        return {"bytes": None, "path": str(path)}
+
+
+def _flat(stored: dict[str, Any]) -> dict[str, Any]:
+    """A WebDataset sample's JSON as columns."""
+    if set(stored) == {"row"}:
+        return stored["row"]
+    return {**stored, **stored["json"]} if isinstance(stored.get("json"), dict) else stored
+
+
+def _find(mapping: dict[str, Any], names: tuple[str, ...]) -> Any:
+    return next((mapping[name] for name in names if mapping.get(name) is not None), None)
+
+
+def _objects(stored: dict[str, Any], name: str) -> dict[str, Any]:
+    """bbox, category, area and iscrowd of a row as lists; the last two are None where the row has none."""
+    objects = _find(stored, OBJECT_COLUMNS)
+    if isinstance(objects, list):  # one dictionary an object
+        if not objects:
+            return {"bbox": [], "category": [], "area": None, "iscrowd": None}
+        keys = dict.fromkeys(key for item in objects for key in item)
+        objects = {key: [item.get(key) for item in objects] for key in keys}
+        objects = {key: None if all(v is None for v in values) else values for key, values in objects.items()}
+    if not isinstance(objects, dict):
+        raise UserError(f"{name} has no objects: looked for the columns {', '.join(OBJECT_COLUMNS)}")
+    boxes, categories = _find(objects, BOX_FIELDS), _find(objects, (*CATEGORY_FIELDS, *NAME_FIELDS))
+    if boxes is None or categories is None:
+        raise UserError(
+            f"{name}: its objects have {', '.join(objects)}: a field of {', '.join(BOX_FIELDS)} and one of "
+            f"{', '.join(CATEGORY_FIELDS)} are needed"
+        )
+    return {
+        "bbox": list(boxes),
+        "category": list(categories),
+        "area": _find(objects, AREA_FIELDS),
+        "iscrowd": _find(objects, CROWD_FIELDS),
+    }
+
+
+def _leaf(feature: Any) -> Any:
+    while hasattr(feature, "feature"):
+        feature = feature.feature
+    return feature
+
+
+def _classes(raw: Raw, manifest: dict[str, Any]) -> tuple[list[str], list[int], dict[int | str, int]]:
+    """Class names, category ids, and the class index of each category as it is stored."""
+    if "class_names" in manifest:
+        names = manifest["class_names"]
+        return names, manifest.get("category_ids", list(range(len(names)))), {i: i for i in range(len(names))}
+    features = raw.stream.features or {}
+    objects = _leaf(_find({**features, **(features.get("json") or {})}, OBJECT_COLUMNS)) or {}
+    label = _leaf(_find(objects, CATEGORY_FIELDS))
+    if isinstance(label, datasets.ClassLabel):
+        names = label.names
+        return names, list(range(len(names))), {i: i for i in range(len(names))}
+    found = _scan_names(raw)
+    names = [found[category] for category in sorted(found)]
+    if len(set(names)) < len(names):
+        raise UserError(f"{raw.name}: two categories have the same name among {', '.join(names)}")
+    numbers = all(isinstance(category, int) for category in found)
+    ids = sorted(found) if numbers else list(range(len(found)))
+    return names, ids, {category: index for index, category in enumerate(sorted(found))}
+
+
+def _scan_names(raw: Raw) -> dict[int | str, str]:
+    """The name of every category, from the names that stand beside the numbers or instead of them."""
+    found: dict[int | str, str] = {}
+    if raw.annotations is not None:
+        logger.info("%s: reading all annotations once for the names of the classes", raw.name)
+        for stored in read_rows(raw.annotations):
+            stored = _flat(stored)
+            objects = _find(stored, OBJECT_COLUMNS)
+            for item in objects if isinstance(objects, list) else [objects]:
+                categories, names = _find(item, CATEGORY_FIELDS), _find(item, NAME_FIELDS)
+                names = categories if names is None else names
+                categories = names if categories is None else categories
+                if not isinstance(categories, list):
+                    categories, names = [categories], [names]
+                for category, name in zip(categories or (), names or (), strict=True):
+                    if isinstance(name, str) and found.setdefault(category, name) != name:
+                        raise UserError(f"{raw.name}: category {category!r} is named {found[category]!r} and {name!r}")
+    if not found:
+        raise UserError(
+            f"{raw.name}: its categories are numbers without names: store them as ClassLabel, or put "
+            'manifest_<split>.json with {"class_names": [...]} into the folder of the shards'
+        )
+    return found
+
+
+def _detect_box_format(raw: Raw) -> str:
+    """The box format that the first boxes leave possible: xyxy where no corner is before the other, xywh where no box
+    reaches more than a pixel beyond its image.
+    """
+    possible = {"xywh": None, "xyxy": None}  # format -> the box that excludes it
+    count = 0
+    for number, stored in enumerate(read_rows(raw.stream)):
+        stored = _flat(stored)
+        image_id = stored.get("image_id", number)
+        boxes = _objects(stored, f"{raw.name}: image {image_id}")["bbox"]
+        width, height = _size(stored) if boxes else (0, 0)
+        for a, b, c, d in (box for box in boxes if box is not None and len(box) == 4):
+            if possible["xyxy"] is None and (c < a or d < b):
+                possible["xyxy"] = f"box {[a, b, c, d]} of image {image_id} has its corners in the wrong order"
+            if possible["xywh"] is None and (a + c > width + 1 or b + d > height + 1):
+                possible["xywh"] = f"box {[a, b, c, d]} of image {image_id} would reach beyond {width}x{height} pixels"
+        count += len(boxes)
+        if count >= BOXES_TO_DETECT:
+            break
+    left = [name for name, reason in possible.items() if reason is None]
+    if len(left) == 1:
+        other = next(name for name in possible if name != left[0])
+        logger.info("%s: boxes are %s: as %s, %s", raw.name, left[0], other, possible[other])
+        return left[0]
+    why = "both fit" if left else f"neither fits ({'; '.join(possible.values())})"
+    raise UserError(f"{raw.name}: xywh or xyxy boxes? Of the first {count} boxes {why}: set data.box_format")
+
+
+def _size(stored: dict[str, Any]) -> tuple[float, float]:
+    """(width, height) of a row's image, as stated or read from the head of the file."""
+    if stored.get("width") and stored.get("height"):
+        return stored["width"], stored["height"]
+    image = _find(stored, IMAGE_COLUMNS)
+    data = image.get("bytes") if isinstance(image, dict) else image
+    try:
+        return Image.open(io.BytesIO(data)).size
+    except (OSError, TypeError):
+        return math.inf, math.inf  # unknown: excludes nothing
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no details")
