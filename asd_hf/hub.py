@@ -1,13 +1,20 @@
-"""The model card. Uploading is Trainer's own `push_to_hub`; it retries, and leaves out checkpoints and `_*` files."""
+"""The model card, and patience with the Hub. Uploading itself is Trainer's own `push_to_hub`."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
+from .errors import UserError
 from .evaluation.coco import STATS, table_rows
+
+T = TypeVar("T")
 
 CARD = """\
 ---
@@ -116,6 +123,32 @@ def write_model_card(
     )
     card.save(Path(folder) / "README.md")
     return card
+
+
+def call_hub(call: Callable[[], T], advice: str, attempts: int = 4, wait: float = 2.0) -> T:
+    """Calls `call`, again after a pause when the Hub is down, busy or out of reach.
+
+    huggingface_hub repeats the upload of files by itself, but neither the creation of a repository nor the commit: a
+    finished training must not end on one lost answer.
+
+    Args:
+        call: Trainer's `push_to_hub`, for example.
+        advice: what the user can do when it failed for good; the end of the message.
+        attempts: how often to call at most.
+        wait: seconds before the second call, doubled each time.
+
+    Raises:
+        UserError: refused by the Hub, or failed at the last attempt.
+    """
+    for attempt in range(1, attempts + 1):
+        try:
+            return call()
+        except HTTPError as error:
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 503
+            if attempt == attempts or (status < 500 and status != 429):
+                reason = " ".join(str(error).split())
+                raise UserError(f"the Hub: {reason}; {advice}") from error
+            time.sleep(wait * 2 ** (attempt - 1))
 
 
 def _public(name: str) -> str:
