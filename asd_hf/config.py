@@ -94,10 +94,10 @@ class RunConfig:
 
     def to_yaml(self) -> str:
         """A file that runs this again: all of `model`, `data` and `method`; of `training` what is not the default."""
-        training = {}
+        training, default = {}, TrainingConfig()
         for spec in fields(TrainingConfig):
             value = _plain(getattr(self.training, spec.name))
-            if spec.init and value != _plain(_default(spec)) and spec.name not in _DERIVED:
+            if spec.init and value != _plain(getattr(default, spec.name)) and spec.name not in _DERIVED:
                 training[spec.name] = value
         sections = {
             "model": _plain(asdict(self.model)),
@@ -108,8 +108,8 @@ class RunConfig:
         return yaml.safe_dump(sections, sort_keys=False, width=110)
 
 
-# TrainingArguments sets these itself from others or from the machine.
-_DERIVED = {"local_rank", "disable_tqdm", "greater_is_better", "accelerator_config", "logging_dir", "resume_from_checkpoint"}
+# What TrainingArguments derives from other fields, and what concerns one start only.
+_DERIVED = {"do_eval", "greater_is_better", "local_rank", "resume_from_checkpoint"}
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -217,9 +217,10 @@ def _fill(cls: type, values: dict[str, Any], where: str):
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """`value` as YAML read it, as the type that the field asks for: YAML reads 1e-4 as a string."""
     if get_origin(hint) in (Union, types.UnionType):
-        options = get_args(hint)
-        # The type that the value has already wins over one that it could be turned into.
-        for option in sorted(options, key=lambda o: not _is(value, o)):
+        # The type that the value has already wins over one that it could be turned into, and its errors are the user's.
+        if own := [option for option in get_args(hint) if _is(value, option)]:
+            return _convert(value, own[0], where)
+        for option in get_args(hint):
             try:
                 return _convert(value, option, where)
             except UserError:

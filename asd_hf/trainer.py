@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import repeat
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -184,18 +185,34 @@ class DistillationTrainer(Trainer):
         pin = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
         return build_loader(stream, self.args.dataloader_num_workers, pin_memory=pin)
 
-    def _run_epoch(self, *, epoch, epochs_trained, steps_trained_in_current_epoch, resume_from_checkpoint, **kwargs):
-        """Tells the stream where to begin: Trainer only discards the batches that a resumed epoch has behind it."""
+    def _run_epoch(
+        self,
+        *,
+        epoch,
+        train_dataloader,
+        epochs_trained,
+        steps_trained_in_current_epoch,
+        resume_from_checkpoint,
+        **kwargs,
+    ):
+        """Tells the stream which epoch it is and where to begin in it."""
         resumed = resume_from_checkpoint is not None and epoch == epochs_trained
+        skipped = steps_trained_in_current_epoch if resumed else 0
         self.train_dataset.set_epoch(epoch)
-        self.train_dataset.skip_batches = steps_trained_in_current_epoch if resumed else 0
+        self.train_dataset.skip_batches = skipped
+        if skipped:
+            train_dataloader = DataLoader(_Resumed(train_dataloader, skipped), batch_size=None, collate_fn=_as_it_is)
         super()._run_epoch(
             epoch=epoch,
+            train_dataloader=train_dataloader,
             epochs_trained=epochs_trained,
             steps_trained_in_current_epoch=steps_trained_in_current_epoch,
             resume_from_checkpoint=resume_from_checkpoint,
             **kwargs,
         )
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        return dataloader.dataset.source.num_rows
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
@@ -260,6 +277,21 @@ class DistillationTrainer(Trainer):
     def create_model_card(self, **kwargs) -> None:
         if self.is_world_process_zero() and self.card is not None:
             write_model_card(self.args.output_dir, **self.card)
+
+
+class _Resumed(IterableDataset):
+    """A loader that begins within an epoch, behind as many empty batches as Trainer will discard to get there."""
+
+    def __init__(self, loader: DataLoader, skipped: int) -> None:
+        self.loader, self.skipped = loader, skipped
+
+    def __iter__(self):
+        yield from repeat(None, self.skipped)
+        yield from self.loader
+
+
+def _as_it_is(batch):
+    return batch
 
 
 def _restore(model: PreTrainedModel, folder: Path) -> None:

@@ -1,6 +1,10 @@
 """python scripts/evaluate.py --model DIR_OR_HUB_ID --data SOURCE --split NAME --output metrics.json"""
 
-from asd_hf.commands import run
+import sys
+
+del sys.path[0]  # this folder: its evaluate.py would hide the package `evaluate`
+
+from asd_hf.commands import run  # noqa: E402
 
 if __name__ == "__main__":
     raise SystemExit(run("evaluate"))

@@ -48,6 +48,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         num_workers=args.workers,
         shuffle=False,
         drop_last=False,
+        num_rows=config.num_eval_images,
     )
     loader = build_loader(stream, args.workers, pin_memory=state.device.type == "cuda")
     with torch.autocast(state.device.type, torch.bfloat16, enabled=args.bf16):

@@ -42,7 +42,7 @@ def train(run: RunConfig) -> dict:
     """
     args = run.training
     checkpoint = _checkpoint(run)
-    logging.basicConfig(level=logging.INFO if args.process_index == 0 else logging.WARNING, format="%(message)s")
+    report_progress(args.process_index)
     set_seed(args.seed)
 
     sources = {split: open_source(run.data.source, split, run.data) for split in (run.data.train_split, run.data.eval_split)}
@@ -75,6 +75,7 @@ def train(run: RunConfig) -> dict:
             shuffle=training,
             shuffle_buffer=run.data.shuffle_buffer,
             drop_last=training,
+            num_rows=None if training else run.data.num_eval_images,
         )
 
     trainer = DistillationTrainer(
@@ -101,6 +102,14 @@ def train(run: RunConfig) -> dict:
     if args.push_to_hub:
         trainer.push_to_hub()
     return metrics
+
+
+def report_progress(rank: int) -> None:
+    """Shows what this package logs: everything on rank 0, warnings of the others. Other packages keep their settings."""
+    package = logging.getLogger("asd_hf")
+    package.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    if not package.handlers:
+        package.addHandler(logging.StreamHandler())
 
 
 def _checkpoint(run: RunConfig) -> str | None:
@@ -160,6 +169,7 @@ def _final_metrics(
 def _card(run: RunConfig, trainer: DistillationTrainer, student: DetectorAdapter, metrics: dict) -> dict:
     """What `write_model_card` wants to know."""
     chosen, source = run.model.student, run.data.source
+    on_hub = "/" in source and not Path(source).expanduser().exists()
     chosen = StudentConfig(checkpoint=chosen) if isinstance(chosen, str) else chosen
     weights_from = [chosen.checkpoint, run.model.teacher if chosen.copy_weights else None]
     return {
@@ -172,6 +182,6 @@ def _card(run: RunConfig, trainer: DistillationTrainer, student: DetectorAdapter
         "method_paper": {} if run.method_class is None else run.method_class.paper,
         "metrics": {k: v for k, v in metrics.items() if k != "protocol"},
         "protocol": metrics["protocol"],
-        "dataset": {"name": Path(source).name, "id": source if is_hub_id(source) else None},
+        "dataset": {"name": Path(source).name, "id": source if on_hub else None},
         "config_yaml": run.to_yaml(),
     }

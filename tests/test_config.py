@@ -1,0 +1,118 @@
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from asd_hf.config import TrainingConfig, build_config, describe_config, load_config
+from asd_hf.errors import UserError
+from asd_hf.methods.asd import ASD, ASDConfig
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
+CONFIGS = [path for path in CONFIGS if path.parent.name != "accelerate"]
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_shipped_configuration_is_valid_and_its_name_tells_its_method(path):
+    run = load_config(path, ["training.use_cpu=true", "training.bf16=false"])
+    assert path.parent.name in ("configs", "shapes") or path.stem.startswith(run.method_name)
+    assert run.training.output_dir.startswith("outputs/")
+
+
+def test_values_keep_their_type(tmp_path):
+    path = write(
+        tmp_path,
+        "training: {learning_rate: 1e-4, max_steps: 10, use_cpu: true, report_to: [tensorboard], lr_scheduler_type: cosine}\n"
+        "method: {name: asd, layers: 1, temperature: 2}\n"
+        "model: {teacher: some/teacher, student: {backbone: resnet18, config: {dropout: 0.0}}}\n",
+    )
+    run = load_config(path, ["training.weight_decay=1e-5", "model.student.decoder_layers=3", "data.source=data/coco"])
+    assert run.training.learning_rate == 1e-4 and isinstance(run.training.learning_rate, float)
+    assert run.training.weight_decay == 1e-5
+    assert run.training.lr_scheduler_type == "cosine"
+    assert run.training.report_to == ["tensorboard"]
+    assert isinstance(run.method, ASDConfig) and run.method_class is ASD
+    assert run.method.temperature == 2.0 and isinstance(run.method.temperature, float)
+    assert run.model.student.backbone == "resnet18" and run.model.student.decoder_layers == 3
+    assert run.model.student.config == {"dropout": 0.0}
+    assert run.data.source == "data/coco"
+
+
+def test_a_student_can_be_named_or_described(tmp_path):
+    assert load_config(write(tmp_path, "model: {student: some/student}")).model.student == "some/student"
+    assert load_config(write(tmp_path, "model: {student: {checkpoint: x}}")).model.student.checkpoint == "x"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (
+            "training: {learning_rte: 1}",
+            [],
+            "run.yaml: training.learning_rte is unknown: did you mean 'learning_rate'?",
+        ),
+        ("modell: {}", [], "unknown section 'modell': did you mean 'model'?"),
+        ("method: {name: asd, temprature: 4}", [], "method.temprature is unknown: did you mean 'temperature'?"),
+        ("model: {student: {backbon: x}}", [], "model.student.backbon is unknown: did you mean 'backbone'?"),
+        ("method: {name: asdd}", [], "unknown method 'asdd': did you mean 'asd'?"),
+        ("training: {max_steps: many}", [], "training.max_steps must be int, not 'many'"),
+        ("training: {max_steps: 1.5}", [], "training.max_steps must be int, not 1.5"),
+        ("training: {bf16: 1}", [], "training.bf16 must be bool, not 1"),
+        ("data: {train_sizes: [480, big]}", [], r"data.train_sizes\[1\] must be int, not 'big'"),
+        ("training: {lr_scheduler_type: cosin}", [], "training: .*cosin"),
+        ("training: {eval_strategy: often}", [], "training: .*often"),
+        ("training: {hub_token: secret}", [], "training.hub_token would be written into files"),
+        ("training: {remove_unused_columns: true}", [], "remove_unused_columns must be false"),
+        ("training: {ema_decay: 1.0}", [], r"ema_decay must be in \[0, 1\)"),
+        ("model: {}", ["training.max_steps"], "is not of the form section.key=value"),
+        ("model: {}", ["max_steps=3"], "is not of the form section.key=value"),
+        ("model: {teacher: x}", ["model.teacher.name=3"], "teacher is a value, not a group of keys"),
+        ("- a", [], "must hold sections"),
+        ("model: {", [], "is not YAML"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_key(tmp_path, text, overrides, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(write(tmp_path, text), overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_secret_is_not_echoed(tmp_path):
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, "training: {hub_token: hf_secret}"))
+    assert "hf_secret" not in str(caught.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match="nothing.yaml does not exist"):
+        load_config(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_resolved_configuration_says_the_same_again(path):
+    run = load_config(path, ["training.use_cpu=true", "training.bf16=false", "training.seed=7"])
+    text = run.to_yaml()
+    again = build_config(yaml.safe_load(text))
+    assert again.to_yaml() == text
+    assert (again.model, again.data, again.method) == (run.model, run.data, run.method)
+    assert again.training.seed == 7 and again.training.max_steps == run.training.max_steps
+
+
+def test_help_lists_every_key_with_default_and_meaning():
+    text = describe_config()
+    for key in (
+        "model.teacher",
+        "model.student.backbone",
+        "data.source",
+        "method.temperature",
+        "training.learning_rate",
+    ):
+        assert re.search(rf"{key} \(.+\)\n +\S", text), key
+    for name in TrainingConfig.__dataclass_fields__:
+        assert f"training.{name} (" in text
