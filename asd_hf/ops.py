@@ -18,9 +18,19 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     Element by element: `a` (..., 4) and `b` (..., 4) are broadcast, so that `a[:, None]` and `b` give every pair.
     Boxes without area have finite values and gradients; two equal points have -1.
     """
-    tiny = torch.finfo(a.dtype).tiny
     low, high = torch.minimum(a, b), torch.maximum(a, b)
-    intersection = (low[..., 2:] - high[..., :2]).clamp(min=0).prod(-1)
-    hull = (high[..., 2:] - low[..., :2]).clamp(min=0).prod(-1)
-    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - intersection
-    return intersection / union.clamp(min=tiny) + union / hull.clamp(min=tiny) - 1
+    intersection = _area(high[..., :2], low[..., 2:])
+    hull = _area(low[..., :2], high[..., 2:])
+    union = _area(a[..., :2], a[..., 2:]) + _area(b[..., :2], b[..., 2:]) - intersection
+    return _ratio(intersection, union) + _ratio(union, hull) - 1
+
+
+def _area(top_left: Tensor, bottom_right: Tensor) -> Tensor:
+    width, height = (bottom_right - top_left).clamp(min=0).unbind(-1)
+    return width * height
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """0 where `whole` is 0, there without gradient."""
+    positive = whole > 0
+    return torch.where(positive, part / torch.where(positive, whole, 1), 0)
