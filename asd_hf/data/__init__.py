@@ -3,6 +3,7 @@
 from .collate import collate
 from .config import DataConfig
 from .shapes import make_shapes
+from .shard import shard_dataset
 from .sources import Source, open_source
 from .stream import DetectionStream, build_loader
 from .transforms import RowTransform, build_transform, resize_spec
@@ -18,4 +19,5 @@ __all__ = [
     "make_shapes",
     "open_source",
     "resize_spec",
+    "shard_dataset",
 ]

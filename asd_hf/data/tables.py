@@ -9,7 +9,7 @@ import logging
 import math
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -48,7 +48,7 @@ class Raw:
     fingerprint: str
     annotations: datasets.IterableDataset | None  # the same rows without their images; None where that saves nothing
     folder: Path | None = None
-    manifest: dict[str, Any] | None = None
+    manifest: dict[str, Any] = field(default_factory=dict)
 
 
 def open_table(source: str, split: str, box_format: str | None) -> Source:
@@ -63,9 +63,8 @@ def open_table(source: str, split: str, box_format: str | None) -> Source:
     """
     folder = Path(source).expanduser()
     raw = _open_folder(folder, split) if folder.is_dir() else _open_hub(source, split)
-    manifest = raw.manifest or {}
-    names, ids, known = _classes(raw, manifest)
-    box_format = box_format or manifest.get("box_format") or _detect_box_format(raw)
+    names, ids, known = _classes(raw)
+    box_format = box_format or raw.manifest.get("box_format") or _detect_box_format(raw)
     reader = TableReader(raw.stream, raw.lengths, known, box_format == "xyxy", raw.folder, raw.name)
     return Source(
         stream=stream_of(reader, raw.stream.num_shards),
@@ -83,15 +82,18 @@ def _open_folder(folder: Path, split: str) -> Raw:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _open_saved(folder, split)
     manifest_file = folder / f"manifest_{split}.json"
-    manifest = json.loads(manifest_file.read_text()) if manifest_file.is_file() else None
+    manifest = _read_manifest(manifest_file) if manifest_file.is_file() else {}
     for suffix, read in (("parquet", _open_parquet), ("tar", _open_tars)):
         patterns = [f"{split}.{suffix}", f"{split}-*.{suffix}", f"data/{split}-*.{suffix}", f"{split}/*.{suffix}"]
         files = sorted(path for pattern in patterns for path in folder.glob(pattern))
-        if files or (manifest or {}).get("shards", [{"file": ""}])[0]["file"].endswith(suffix):
-            if manifest and "shards" in manifest:
-                _check_shards(folder, manifest_file, manifest, files)
+        listed = [folder / shard["file"] for shard in manifest.get("shards", ()) if shard["file"].endswith(suffix)]
+        if listed:
+            _check_shards(manifest_file, manifest, listed, files)
+        if files:
             raw = read(folder, split, files)
             raw.manifest = manifest
+            if listed:
+                raw.fingerprint = digest([shard["sha256"] for shard in manifest["shards"]])
             return raw
     raise UserError(
         f"{folder} holds no split {split!r}: looked for annotations/instances_{split}.json, a data set saved with "
@@ -206,16 +208,31 @@ def _without_images(data: datasets.Dataset) -> datasets.Dataset:
     return data.remove_columns([column for column in IMAGE_COLUMNS if column in data.column_names])
 
 
-def _check_shards(folder: Path, manifest_file: Path, manifest: dict[str, Any], files: list[Path]) -> None:
-    """Compares a manifest's list of shards with the files that exist, by names and sizes."""
-    shards = {folder / shard["file"]: shard["bytes"] for shard in manifest["shards"]}
-    if missing := [str(file) for file in shards if not file.is_file()]:
+def _read_manifest(file: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(file.read_text())
+        names = manifest["class_names"]
+        paths = [PurePosixPath(shard["file"]) for shard in manifest.get("shards", ())]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no manifest: {type(error).__name__}: {error}") from error
+    if any(path.is_absolute() or ".." in path.parts for path in paths):
+        raise UserError(f"{file} lists a shard outside its folder")
+    if len(manifest.get("category_ids", names)) != len(names):
+        raise UserError(f"{file} has {len(names)} class_names but {len(manifest['category_ids'])} category_ids")
+    return manifest
+
+
+def _check_shards(manifest_file: Path, manifest: dict[str, Any], listed: list[Path], files: list[Path]) -> None:
+    """Compares a manifest's shards with the files that exist, by names and sizes."""
+    if missing := [str(file) for file in listed if not file.is_file()]:
         raise UserError(f"{manifest_file} lists files that are missing: {', '.join(missing)}")
-    if extra := [str(file) for file in files if file not in shards]:
+    if extra := [str(file) for file in files if file not in listed]:
         raise UserError(f"{manifest_file} does not list {', '.join(extra)}: delete them or write the shards anew")
-    for file, size in shards.items():
-        if file.stat().st_size != size:
-            raise UserError(f"{file} has {file.stat().st_size} bytes but {manifest_file} says {size}: write it anew")
+    for file, shard in zip(listed, manifest["shards"], strict=True):
+        if file.stat().st_size != shard["bytes"]:
+            raise UserError(
+                f"{file} has {file.stat().st_size} bytes but {manifest_file} says {shard['bytes']}: write it anew"
+            )
 
 
 # -- what the rows mean -----------------------------------------------------------------------------------------------
@@ -340,11 +357,11 @@ def _leaf(feature: Any) -> Any:
     return feature
 
 
-def _classes(raw: Raw, manifest: dict[str, Any]) -> tuple[list[str], list[int], dict[int | str, int]]:
+def _classes(raw: Raw) -> tuple[list[str], list[int], dict[int | str, int]]:
     """Class names, category ids, and the class index of each category as it is stored."""
-    if "class_names" in manifest:
-        names = manifest["class_names"]
-        return names, manifest.get("category_ids", list(range(len(names)))), {i: i for i in range(len(names))}
+    if raw.manifest:
+        names = raw.manifest["class_names"]
+        return names, raw.manifest.get("category_ids", list(range(len(names)))), {i: i for i in range(len(names))}
     features = raw.stream.features or {}
     objects = _leaf(_find({**features, **(features.get("json") or {})}, OBJECT_COLUMNS)) or {}
     label = _leaf(_find(objects, CATEGORY_FIELDS))
