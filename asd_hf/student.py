@@ -136,6 +136,11 @@ def build_student(
     if not config.frozen_batch_norm:
         count = student.train_batch_norm(lambda name: backbone_stage(name) > stages)
         logger.info("%d batch norms of the backbone are trained", count)
+    elif not pretrained:
+        student.open_residuals()
+        logger.info(
+            "the backbone is fresh, its batch norm frozen: model.student.frozen_batch_norm=false would train it"
+        )
     freeze_backbone(student, stages)
     return model.train(), student.processor
 
@@ -399,12 +404,18 @@ def _new_processor(model_type: str, teacher_processor, size: dict[str, int]):
 
 
 def _load_backbone_weights(student: DetectorAdapter, backbone: str, backbone_config: PreTrainedConfig) -> None:
-    indices = list(backbone_config.out_indices)
     try:
         if timm.is_model(backbone):
+            indices = list(backbone_config.out_indices)
             donor = timm.create_model(backbone, pretrained=True, features_only=True, out_indices=indices)
         else:
-            donor = AutoBackbone.from_pretrained(backbone, out_indices=indices, use_safetensors=True)
+            with torch.device("meta"):  # AutoBackbone.from_pretrained knows no folders, its classes do
+                backbone_class = type(AutoBackbone.from_config(backbone_config))
+            donor, report = backbone_class.from_pretrained(
+                backbone, config=backbone_config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+            if missing := sorted(report["missing_keys"]):
+                raise ValueError(f"it lacks {_short(missing)}")
         student.backbone.load_state_dict(_state(donor))
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"model.student: no weights of backbone {backbone}: {_line(error)}") from error

@@ -95,7 +95,8 @@ def test_terms_equal_a_loop_in_float64():
                     expected["loss_giou" + stage] += 2 * (1 - naive_giou(box.tolist(), aim.tolist())) / count
     assert set(losses) == {f"loss_{n}{s}" for n in ("ce", "bbox", "giou") for s in ("", "_enc")}
     for name, value in losses.items():
-        torch.testing.assert_close(value, torch.as_tensor(expected[name], dtype=torch.float64), rtol=1e-10, atol=0, msg=name)
+        reference = torch.as_tensor(expected[name], dtype=torch.float64)
+        torch.testing.assert_close(value, reference, rtol=1e-10, atol=0, msg=name)
 
 
 def naive_giou(a, b):

@@ -231,6 +231,15 @@ class DeformableDetrAdapter(DetectorAdapter):
         config.label2id = {name: i for i, name in enumerate(class_names)}
         self.spec = DetectorSpec(**{**vars(self.spec), "class_names": tuple(class_names)})
 
+    def open_residuals(self) -> None:
+        """Lets the residual blocks of a fresh backbone take part under frozen batch norm.
+
+        timm starts the last batch norm of each block at zero, to be learnt; frozen, it would shut the block for ever.
+        """
+        for module in self.backbone.modules():
+            if isinstance(module, DeformableDetrFrozenBatchNorm2d) and not module.weight.any():
+                module.weight.fill_(1)
+
     def train_batch_norm(self, wanted: Callable[[str], bool]) -> int:
         """Puts trainable batch norm in the place of frozen ones of the backbone.
 

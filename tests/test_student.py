@@ -1,0 +1,357 @@
+import json
+import logging
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForObjectDetection, ResNetBackbone, ResNetConfig, ResNetForImageClassification
+
+from asd_hf.criterion import DetectionCriterion
+from asd_hf.detectors import get_adapter
+from asd_hf.errors import UserError
+from asd_hf.student import (
+    StudentConfig,
+    align_classes,
+    backbone_stage,
+    build_student,
+    copy_weights,
+    freeze_backbone,
+    load_teacher,
+)
+
+SIZE = {"shortest_edge": 64, "longest_edge": 96}
+CONVNEXT = {"model_type": "convnext", "hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1]}
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def build(config=None, classes=tiny.CLASSES, teacher=None, processor=None):
+    torch.manual_seed(1)
+    teacher = teacher or tiny.deformable_detr(decoder_layers=4)
+    return build_student(config or StudentConfig(), teacher, processor or tiny.processor(), classes, SIZE)
+
+
+def save(model, folder, processor=None):
+    model.save_pretrained(folder)
+    (processor or tiny.processor()).save_pretrained(folder)
+    return str(folder)
+
+
+def train_step(adapter):
+    """One large optimizer step on the detection loss."""
+    batch = tiny.batch(2)
+    parameters = [p for p in adapter.model.parameters() if p.requires_grad]
+    adapter.model.train()
+    losses = DetectionCriterion()(adapter(batch["pixel_values"], batch["pixel_mask"]), batch["labels"])
+    sum(losses.values()).backward()
+    torch.optim.Adam(parameters, lr=0.01, eps=1e-20).step()  # moves all that has any gradient
+
+
+# -- teacher and checkpoints ------------------------------------------------------------------------------------------
+
+
+def test_teacher_is_frozen_and_in_full_precision(tmp_path):
+    model = tiny.deformable_detr()
+    teacher, processor = load_teacher(save(model.half(), tmp_path))
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert teacher.dtype == torch.float32 and processor.image_mean
+    torch.testing.assert_close(teacher.class_embed[0].weight, model.class_embed[0].weight.float())
+
+
+def test_missing_models_and_processors_are_one_clear_line(tmp_path):
+    for name in ("/no/such/folder", "../folder", "nobody/nothing", str(tmp_path)):
+        with pytest.raises(UserError, match=f"model.teacher: .*{name}") as error:
+            load_teacher(name)
+        assert "\n" not in str(error.value)
+    tiny.deformable_detr().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no image processor"):
+        load_teacher(str(tmp_path))
+    tiny.processor().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"decoder_layers": 3}))
+    with pytest.raises(UserError, match="lacks .* weights of DeformableDetr.*decoder.layers.2"):
+        load_teacher(str(tmp_path))
+    config.write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(UserError, match="unknown detector family 'bert'"):
+        load_teacher(str(tmp_path))
+
+
+def test_checkpoint_student_is_loaded_as_it_is(tmp_path):
+    model = tiny.deformable_detr(seed=5)
+    student, processor = build(save(model, tmp_path))
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(student.state_dict()[name], tensor, rtol=0, atol=0)
+    assert dict(processor.size)["shortest_edge"] == 64 and student.config.auxiliary_loss
+    with pytest.raises(UserError, match="model.student.num_queries is for a new student"):
+        build(StudentConfig(checkpoint=str(tmp_path), num_queries=4))
+
+
+@pytest.mark.parametrize("variant", [{}, {"with_box_refine": True}, {"two_stage": True}])
+def test_other_classes_keep_the_weights_of_known_ones(tmp_path, caplog, variant):
+    caplog.set_level(logging.INFO)
+    model = tiny.deformable_detr(**variant)
+    student, processor = build(save(model, tmp_path), classes=("Pizza", "zebra", "traffic_light"))
+    assert "5 classes replaced by one of 3: 2 keep their weights, 1 are fresh (zebra)" in caplog.text
+    assert student.config.id2label == {0: "Pizza", 1: "zebra", 2: "traffic_light"} and student.config.num_labels == 3
+    batch = tiny.batch(2)
+    old = get_adapter(model, tiny.processor())(batch["pixel_values"], batch["pixel_mask"])
+    new = get_adapter(student.eval(), processor)(batch["pixel_values"], batch["pixel_mask"])
+    torch.testing.assert_close(new.logits[..., [0, 2]], old.logits[..., [4, 2]])
+    torch.testing.assert_close(new.boxes, old.boxes)  # in two stages: the same proposals are chosen
+    assert (student.class_embed[0].weight is student.class_embed[1].weight) == ("two_stage" not in variant)
+
+
+# -- new students -----------------------------------------------------------------------------------------------------
+
+
+def test_new_student_has_the_options_and_fresh_heads():
+    options = {"dropout": 0.2, "encoder_ffn_dim": 16}
+    config = StudentConfig(encoder_layers=2, decoder_layers=3, num_queries=7, d_model=64, config=options)
+    teacher_processor = tiny.processor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])
+    student, processor = build(config, classes=("a", "b"), processor=teacher_processor)
+    spec = get_adapter(student, processor).spec
+    assert (spec.class_names, spec.num_layers, spec.num_queries, spec.hidden_size) == (("a", "b"), 3, 7, 64)
+    assert len(student.model.encoder.layers) == 2 and student.config.dropout == 0.2
+    assert student.model.encoder.layers[0].mlp.fc1.out_features == 16
+    assert spec.pixel_mean == pytest.approx((0.1, 0.2, 0.3)) and spec.pixel_std == pytest.approx((0.4, 0.5, 0.6))
+    assert student.config.auxiliary_loss and student.training
+    torch.testing.assert_close(student.class_embed[0].bias.sigmoid(), torch.full((2,), 0.01))
+    assert student.bbox_embed[0].layers[-1].bias.tolist() == [0, 0, -2, -2]
+    assert student.model.query_position_embeddings.weight.std() > 0.9
+
+
+def test_new_student_of_a_named_architecture_needs_no_teacher():
+    config = StudentConfig(base="deformable_detr", backbone="resnet18", d_model=32, encoder_layers=1, decoder_layers=2)
+    student, processor = build_student(config, None, None, ("a",), SIZE)
+    assert (
+        processor.image_mean == (0.485, 0.456, 0.406)
+        and student.model.backbone.model.feature_info.channels()[-1] == 512
+    )
+    with pytest.raises(UserError, match="there is no model.teacher"):
+        build_student(StudentConfig(), None, None, ("a",), SIZE)
+    with pytest.raises(UserError, match="copy_weights needs model.teacher"):
+        build_student(StudentConfig(base="deformable_detr", copy_weights=True), None, None, ("a",), SIZE)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (StudentConfig(config={"drop_out": 0.1}), "model.student.config.drop_out is unknown.*did you mean 'dropout'"),
+        (StudentConfig(config={"num_labels": 3}), "model.student.config.num_labels is unknown"),
+        (StudentConfig(config={"dropout": "a lot"}), "cannot have this configuration.*dropout"),
+        (StudentConfig(num_queries=3, config={"num_queries": 4}), "num_queries contradicts"),
+        (StudentConfig(backbone="resnet19"), "timm has no 'resnet19': did you mean 'resnet18'"),
+        (StudentConfig(backbone="/no/folder"), "model.student.backbone: folder /no/folder does not exist"),
+        (StudentConfig(pretrained_backbone=True), "pretrained_backbone needs model.student.backbone"),
+        (StudentConfig(backbone="resnet18", config={"backbone_config": CONVNEXT}), "not both"),
+        (StudentConfig(backbone="resnet18", pretrained_backbone=True), "no weights of backbone resnet18"),
+        (StudentConfig(d_model=20), "cannot be built.*divisible"),
+        (StudentConfig(decoder_layers=1), "needs at least 2 decoder layers"),
+    ],
+)
+def test_bad_options_are_one_clear_line(config, message):
+    with pytest.raises(UserError, match=message) as error:
+        build(config)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        StudentConfig(backbone="resnet18", frozen_batch_norm=False),
+        StudentConfig(config={"backbone_config": CONVNEXT}),
+        StudentConfig(config={"with_box_refine": True, "two_stage": True}, frozen_batch_norm=False),
+    ],
+    ids=["timm", "convnext", "two_stage"],
+)
+def test_saved_student_loads_without_us(tmp_path, config):
+    student, processor = build(config, classes=("a", "b"))
+    train_step(get_adapter(student, processor))  # batch norm, where it is trained, has statistics of its own then
+    save(student, tmp_path, processor)
+    loaded, report = AutoModelForObjectDetection.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    batch = tiny.batch(2)
+    pixels = get_adapter(loaded, processor).normalize(batch["pixel_values"], batch["pixel_mask"])
+    ours, theirs = (m.eval()(pixel_values=pixels, pixel_mask=batch["pixel_mask"]) for m in (student, loaded))
+    torch.testing.assert_close(ours.logits, theirs.logits)
+    torch.testing.assert_close(ours.pred_boxes, theirs.pred_boxes)
+    assert loaded.config.id2label == {0: "a", 1: "b"}
+    student.load_state_dict(loaded.state_dict())  # as a resumed run does
+
+
+@pytest.mark.parametrize("donor_class", [ResNetBackbone, ResNetForImageClassification])
+def test_pretrained_backbone_from_a_folder(tmp_path, donor_class):
+    donor = donor_class(ResNetConfig(**{k: v for k, v in tiny.HF_RESNET.items() if k != "model_type"}))
+    donor.save_pretrained(tmp_path)
+    weights = {name.removeprefix("resnet."): p for name, p in donor.named_parameters()}
+    student, processor = build(StudentConfig(backbone=str(tmp_path), pretrained_backbone=True))
+    adapter = get_adapter(student, processor)
+    assert adapter.spec.strides == (8, 16, 32, 64)
+    for name, parameter in adapter.backbone.named_parameters():
+        torch.testing.assert_close(parameter, weights[name], rtol=0, atol=0)
+        assert parameter.requires_grad == (backbone_stage(name) > 1), name
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"depths": [1, 1, 2, 1]}))
+    with pytest.raises(UserError, match="no weights of backbone .* it lacks .*stages.2.layers.1"):
+        build(StudentConfig(backbone=str(tmp_path), pretrained_backbone=True))
+
+
+def test_no_residual_block_of_a_fresh_backbone_is_shut():
+    """timm starts the last norm of each block at 0; frozen, the block would never take part."""
+    student, processor = build(StudentConfig(backbone="resnet18"))
+    adapter = get_adapter(student, processor)
+    train_step(adapter)
+    for name, parameter in adapter.backbone.named_parameters():
+        assert parameter.grad.abs().sum() > 0, name
+
+
+# -- what is trained --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("backbone", "trained"),
+    [
+        (tiny.TIMM_RESNET, ("layer2.", "layer3.", "layer4.")),
+        (tiny.HF_RESNET, ("encoder.stages.1.", "encoder.stages.2.", "encoder.stages.3.")),
+        (CONVNEXT, ("encoder.stages.1.", "encoder.stages.2.", "encoder.stages.3.", "hidden_states_norms.")),
+    ],
+    ids=["timm", "transformers", "convnext"],
+)
+def test_stem_and_first_stage_are_frozen_and_the_rest_moves(caplog, backbone, trained):
+    caplog.set_level(logging.INFO)
+    student, processor = build(StudentConfig(frozen_stages=1, config={"backbone_config": backbone}))
+    adapter = get_adapter(student, processor)
+    before = {name: p.detach().clone() for name, p in adapter.backbone.named_parameters()}
+    expected = {name for name in before if name.startswith(trained)}
+    assert 0 < len(expected) < len(before)
+    assert f"{len(before) - len(expected)} of {len(before)} backbone tensors frozen" in caplog.text
+    assert {name for name, p in adapter.backbone.named_parameters() if p.requires_grad} == expected
+    others = [p for n, p in student.named_parameters() if not n.startswith("model.backbone.")]
+    assert others and all(p.requires_grad for p in others)
+    train_step(adapter)
+    moved = {name for name, p in adapter.backbone.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == expected
+
+
+@pytest.mark.parametrize("backbone", [tiny.TIMM_RESNET, tiny.HF_RESNET], ids=["timm", "transformers"])
+@pytest.mark.parametrize(("stages", "frozen"), [(-1, set()), (0, {0}), (2, {0, 1, 2}), (4, {0, 1, 2, 3, 4})])
+def test_frozen_stages_count_from_the_stem(backbone, stages, frozen):
+    adapter = get_adapter(tiny.deformable_detr(backbone_config=backbone), tiny.processor())
+    names = freeze_backbone(adapter, stages)
+    still = {name for name, p in adapter.backbone.named_parameters() if not p.requires_grad}
+    assert set(names) == still and {backbone_stage(name) for name in still} == frozen
+
+
+def test_frozen_stages_default_to_one_for_pretrained_backbones_only(tmp_path):
+    folder = save(tiny.deformable_detr(), tmp_path)
+    for config, frozen in (
+        (StudentConfig(), False),
+        (StudentConfig(copy_weights=True), True),
+        (StudentConfig(copy_weights=True, backbone="resnet18"), False),
+        (StudentConfig(checkpoint=folder), True),
+        (StudentConfig(checkpoint=folder, frozen_stages=-1), False),
+    ):
+        student, processor = build(config)
+        parameters = get_adapter(student, processor).backbone.parameters()
+        assert all(p.requires_grad for p in parameters) != frozen, config
+
+
+def test_a_backbone_without_stages_cannot_be_frozen_in_part():
+    adapter = get_adapter(tiny.deformable_detr(), tiny.processor())
+    adapter.model.model.backbone.model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3))
+    with pytest.raises(UserError, match="cannot tell the stages of Sequential"):
+        freeze_backbone(adapter, 1)
+
+
+@pytest.mark.parametrize("backbone", [tiny.TIMM_RESNET, tiny.HF_RESNET], ids=["timm", "transformers"])
+def test_batch_norm_of_trained_stages_learns_when_asked(backbone):
+    config = {"backbone_config": backbone}
+    student, processor = build(StudentConfig(frozen_stages=1, frozen_batch_norm=False, config=config))
+    adapter = get_adapter(student, processor)
+    norms = {n: m for n, m in adapter.backbone.named_modules() if "BatchNorm2d" in type(m).__name__}
+    before = {n: (m.weight.clone(), m.running_mean.clone()) for n, m in norms.items()}
+    for _ in range(2):  # timm starts the last norm of a block at 0, so that the others learn from the second step on
+        train_step(adapter)
+    for name, norm in norms.items():
+        weight, mean = before[name]
+        fixed = backbone_stage(name) <= 1
+        assert torch.equal(norm.running_mean, mean) == torch.equal(norm.weight, weight) == fixed, name
+    frozen, _ = build(StudentConfig(config=config))
+    assert frozen.state_dict().keys() == student.state_dict().keys()
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in frozen.modules())
+
+
+# -- copied weights ---------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_copy_answers_as_the_teacher():
+    for variant in ({}, {"with_box_refine": True}, {"two_stage": True}):
+        teacher = tiny.deformable_detr(**variant)
+        student, processor = build(StudentConfig(copy_weights=True), teacher=teacher)
+        batch = tiny.batch(2)
+        own, copied = (
+            get_adapter(m.eval(), processor)(batch["pixel_values"], batch["pixel_mask"]) for m in (teacher, student)
+        )
+        torch.testing.assert_close(copied.logits, own.logits)
+        torch.testing.assert_close(copied.boxes, own.boxes)
+
+
+@pytest.mark.parametrize("variant", [{"with_box_refine": True}, {"two_stage": True}], ids=["refine", "two_stage"])
+def test_fewer_layers_and_queries_are_copied_evenly(caplog, variant):
+    caplog.set_level(logging.INFO)
+    teacher = tiny.deformable_detr(decoder_layers=5, encoder_layers=3, **variant)
+    config = StudentConfig(copy_weights=True, decoder_layers=3, encoder_layers=1, num_queries=8, backbone="resnet18")
+    student, _ = build(config, teacher=teacher)
+    pairs = [("model.encoder.layers.0.mlp.fc1", "model.encoder.layers.2.mlp.fc1")]
+    for ours, theirs in ((0, 0), (1, 2), (2, 4)):
+        pairs.append((f"model.decoder.layers.{ours}.mlp.fc1", f"model.decoder.layers.{theirs}.mlp.fc1"))
+        pairs.append((f"bbox_embed.{ours}.layers.0", f"bbox_embed.{theirs}.layers.0"))
+        pairs.append((f"class_embed.{ours}", f"class_embed.{theirs}"))
+    if "two_stage" in variant:
+        pairs += [("class_embed.3", "class_embed.5"), ("bbox_embed.3.layers.2", "bbox_embed.5.layers.2")]
+    else:
+        queries = teacher.model.query_position_embeddings.weight
+        torch.testing.assert_close(student.model.query_position_embeddings.weight, queries[:8], rtol=0, atol=0)
+    for ours, theirs in pairs:
+        copied, source = student.get_submodule(ours), teacher.get_submodule(theirs)
+        torch.testing.assert_close(copied.weight, source.weight, rtol=0, atol=0)
+        assert ours in caplog.text
+    assert "modules of the teacher" in caplog.text and "backbone" not in caplog.text.split("copied")[1].split("\n")[0]
+
+
+def test_a_backbone_is_copied_as_a_whole_or_not_at_all():
+    """resnet34 begins with modules that are the same as resnet18's: a part of a backbone is worth nothing."""
+    small, large = (
+        get_adapter(
+            tiny.deformable_detr(seed=i, backbone_config=tiny.TIMM_RESNET | {"backbone": f"resnet{depth}"}),
+            tiny.processor(),
+        )
+        for i, depth in enumerate((18, 34))
+    )
+    before = {k: v.clone() for k, v in small.backbone.state_dict().items()}
+    copied = copy_weights(small, large)
+    assert copied and not any("backbone" in name for name in copied)
+    assert all(torch.equal(v, before[k]) for k, v in small.backbone.state_dict().items())
+
+
+# -- classes ----------------------------------------------------------------------------------------------------------
+
+
+def test_classes_are_aligned_by_normalised_name():
+    columns = align_classes(("Traffic Light", "dog ", "hair-drier"), ("dog", "hair drier", "cat", "traffic_light"))
+    assert columns.tolist() == [3, 0, 1] and columns.dtype == torch.int64
+
+
+def test_classes_that_cannot_be_aligned_are_one_clear_line():
+    with pytest.raises(
+        UserError, match="share no class: the teacher has cat, the student a, b, c, d, e, ... .6 in all."
+    ):
+        align_classes(tuple("abcdef"), ("cat",))
+    with pytest.raises(UserError, match="does not know 1 of the student's classes: horse"):
+        align_classes(("cat", "horse"), ("cat", "dog"))
+    with pytest.raises(UserError, match="'cat' stands more than once"):
+        align_classes(("cat",), ("cat", "Cat"))
+    assert align_classes(("cat",), ("N/A", "cat", "N/A")).tolist() == [1]
