@@ -376,11 +376,11 @@ def test_latency_is_the_median_of_one_image():
         def __call__(self, pixel_values, pixel_mask):
             assert not self.model.training and not torch.is_grad_enabled()
             calls.append(pixel_values.shape)
-            time.sleep(0.2 if len(calls) in (1, 2, 4) else 0.02)  # two slow calls to warm up, one outlier
+            time.sleep({6: 0.5}.get(len(calls), 0.2 if len(calls) <= 4 else 0.02))  # four to warm up, an outlier
 
     milliseconds = milliseconds_per_image(
-        Adapter(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.ones(2, 8, 8), repeats=5, warmup=2
+        Adapter(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.ones(2, 8, 8), repeats=3, warmup=4
     )
-    assert 20 <= milliseconds < 100
+    assert 20 <= milliseconds < 150
     assert len(calls) == 7 and set(calls) == {(1, 3, 8, 8)}
     assert Adapter.model.training
