@@ -30,7 +30,9 @@ def spec(num_layers=3, num_queries=7):
 
 def output(num_queries, seed, num_layers=3, dtype=torch.float64, grad=False):
     g = torch.Generator().manual_seed(seed)
-    logits = (2 * torch.randn(num_layers, 2, num_queries, len(CLASSES), generator=g, dtype=torch.float64) - 1).to(dtype)
+    logits = (2 * torch.randn(num_layers, 2, num_queries, len(CLASSES), generator=g, dtype=torch.float64) - 1).to(
+        dtype
+    )
     centre = 0.25 + 0.5 * torch.rand(num_layers, 2, num_queries, 2, generator=g, dtype=torch.float64)
     size = 0.05 + 0.3 * torch.rand(num_layers, 2, num_queries, 2, generator=g, dtype=torch.float64)
     boxes = torch.cat([centre, size], -1).to(dtype)
@@ -91,9 +93,7 @@ def score_rows(sampler, points, queries, heads):
 def attention(rows_by_head, temperature):
     softened = [[softmax([v / temperature for v in row]) for row in rows] for rows in rows_by_head]
     points, queries = len(softened[0]), len(softened[0][0])
-    return [
-        [sum(w[i][j] for w in softened) / len(softened) for j in range(queries)] for i in range(points)
-    ]
+    return [[sum(w[i][j] for w in softened) / len(softened) for j in range(queries)] for i in range(points)]
 
 
 def corners(b):
@@ -238,6 +238,7 @@ def test_gradient_passes_through_keys_and_through_values():
 
     def loss_of(asd, keys, values, teacher):
         """`asd`, with the weights taken from `keys` and what is sampled from `values`."""
+
         class Split(ASD):
             def _compare_samples(self, t_w, s_w, t_logits, t_boxes, s_logits, s_boxes):
                 k = self.config.layers

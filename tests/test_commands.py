@@ -1,0 +1,196 @@
+"""The commands as a user runs them, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForObjectDetection
+
+from asd_hf.config import load_config
+from asd_hf.data import make_shapes, open_source, shard_dataset
+from asd_hf.data.shapes import CLASS_NAMES
+from asd_hf.evaluation import STATS
+from asd_hf.trainer import METHOD_WEIGHTS
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--quiet", "--config_file", "configs/accelerate/one_process.yaml"]
+
+
+def run(*arguments, launcher=(), ok=True):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *launcher, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode == 0) is ok, done.stdout[-3000:] + done.stderr[-6000:]
+    return done
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A teacher, a COCO folder, the same in one Parquet shard a split, and a configuration."""
+    root = tmp_path_factory.mktemp("world")
+    make_shapes(root / "shapes", num_train=24, num_val=10, image_size=96, progress=False)
+    for split in ("train", "val"):
+        shard_dataset(open_source(str(root / "shapes"), split), split, root / "parquet", 1, progress=False)
+    teacher = tiny.deformable_detr(1, classes=CLASS_NAMES, num_queries=15)
+    teacher.save_pretrained(root / "teacher")
+    tiny.processor(size={"height": 96, "width": 96}).save_pretrained(root / "teacher")
+    config = {
+        "model": {"teacher": str(root / "teacher"), "student": {"base": "teacher", "num_queries": 12}},
+        "data": {
+            "source": str(root / "parquet"),
+            "resize": "fixed",
+            "fixed_size": [96, 96],
+            "augmentation": "flip",
+            "shuffle_buffer": 16,
+        },
+        "method": {"name": "asd", "hidden_dim": 16, "key_dim": 16, "ramp_steps": 0},
+        "training": {
+            "output_dir": str(root / "out"),
+            "max_steps": 10,
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 5,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "seed": 0,
+        },
+    }
+    (root / "run.yaml").write_text(yaml.safe_dump(config))
+    return root
+
+
+@pytest.fixture(scope="session")
+def trained(world):
+    """`accelerate launch scripts/train.py` with one process, ten steps of four images."""
+    folder = world / "one"
+    done = run(
+        *("scripts/train.py", "--config", world / "run.yaml", f"training.output_dir={folder}"),
+        *("training.save_strategy=steps", "training.save_steps=4"),
+        launcher=ACCELERATE,
+    )
+    return folder, done
+
+
+def test_train_prints_a_table_and_writes_metrics_student_card_and_configuration(trained):
+    folder, done = trained
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for role in ("teacher", "student"):
+        assert set(STATS) <= metrics[role].keys()
+        assert metrics[role]["parameters"] > 0 and metrics[role]["ms_per_image"] > 0
+        assert role in done.stdout
+    assert metrics["protocol"]["num_images"] == 10
+    student = AutoModelForObjectDetection.from_pretrained(folder)
+    assert sum(p.numel() for p in student.parameters()) == metrics["student"]["parameters"]
+    assert "12 queries" in done.stderr and "15 queries" in done.stderr  # what was built is said
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: object-detection" in card and "Active Sampling" in card
+
+
+def test_the_saved_configuration_runs_again_to_the_same_student(trained, tmp_path):
+    folder, _ = trained
+    assert load_config(folder / "asd_hf.yaml").training.max_steps == 10
+    run("scripts/train.py", "--config", folder / "asd_hf.yaml", f"training.output_dir={tmp_path}")
+    a, b = (load_file(where / "model.safetensors") for where in (folder, tmp_path))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_two_ranks_train_as_one_rank_with_the_doubled_batch(trained, world, tmp_path):
+    folder, _ = trained
+    run(
+        *("scripts/train.py", "--config", world / "run.yaml", f"training.output_dir={tmp_path}"),
+        *("training.per_device_train_batch_size=2", "training.ddp_backend=gloo"),
+        launcher=TORCHRUN,
+    )
+    for name in ("model.safetensors", METHOD_WEIGHTS):
+        one, two = load_file(folder / "checkpoint-10" / name), load_file(tmp_path / name)
+        assert one.keys() == two.keys()
+        assert max((one[k].float() - two[k].float()).abs().max().item() for k in one) < 1e-5
+    one, two = (json.loads((where / "metrics.json").read_text()) for where in (folder, tmp_path))
+    assert one["protocol"]["num_images"] == two["protocol"]["num_images"] == 10
+    for role in ("teacher", "student"):
+        assert all(one[role][s] == pytest.approx(two[role][s], abs=1e-3) for s in STATS)
+
+
+def test_a_stopped_run_goes_on_with_the_same_command(trained, world, tmp_path):
+    folder, _ = trained
+    (tmp_path / "run").mkdir()
+    (folder / "checkpoint-8").rename(tmp_path / "run" / "checkpoint-8")
+    command = ["scripts/train.py", "--config", world / "run.yaml", f"training.output_dir={tmp_path / 'run'}"]
+    refused = run(*command, ok=False)
+    assert "holds checkpoints of an earlier run" in refused.stderr
+    run(*command, "training.resume_from_checkpoint=true")
+    a, b = (load_file(where / "model.safetensors") for where in (folder, tmp_path / "run"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_evaluate_gives_the_numbers_of_the_training_run(trained, world, tmp_path):
+    folder, _ = trained
+    out, results = tmp_path / "metrics.json", tmp_path / "results.json"
+    arguments = ["--model", folder, "--split", "val", "--output", out, "--predictions", results, "--batch-size", "4"]
+    run("scripts/evaluate.py", "--data", world / "shapes", *arguments)
+    numbers, known = json.loads(out.read_text()), json.loads((folder / "metrics.json").read_text())["student"]
+    assert {s: numbers[s] for s in STATS} == {s: known[s] for s in STATS}
+    assert numbers["protocol"]["resolution"] == {"height": 96, "width": 96}
+    truth = json.loads((world / "shapes/annotations/instances_val.json").read_text())
+    rows = json.loads(results.read_text())
+    assert set(rows[0]) == {"image_id", "category_id", "bbox", "score"}
+    assert {r["image_id"] for r in rows} == {i["id"] for i in truth["images"]}
+    assert {r["category_id"] for r in rows} <= {c["id"] for c in truth["categories"]}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.learning_rte=1"], "training.learning_rte is unknown: did you mean 'learning_rate'?"),
+        (["data.source=/nowhere/at/all"], "/nowhere/at/all"),
+        (["data.train_split=trian"], "trian"),
+        (["model.teacher=/nowhere/teacher"], "folder /nowhere/teacher does not exist"),
+        (["method.name=none"], "a teacher needs a method"),
+        (["model.teacher=null", "model.student.base=deformable_detr"], "needs a teacher: set model.teacher"),
+    ],
+)
+def test_mistakes_are_one_line_and_no_traceback(world, overrides, message):
+    done = run("scripts/train.py", "--config", world / "run.yaml", *overrides, ok=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
+
+
+def test_a_teacher_that_shares_no_class_with_the_data(world, tmp_path):
+    tiny.deformable_detr(1, classes=("dog", "cat")).save_pretrained(tmp_path)
+    tiny.processor().save_pretrained(tmp_path)
+    done = run("scripts/train.py", "--config", world / "run.yaml", f"model.teacher={tmp_path}", ok=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "share no class: the teacher has dog, cat" in done.stderr
+
+
+def test_missing_annotation_file(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    arguments = ["--model", "x/y", "--data", tmp_path, "--split", "val"]
+    done = run("-m", "asd_hf.commands", "evaluate", *arguments, ok=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_help_and_unknown_command():
+    assert "training.learning_rate (default: 0.0002)" in run("-m", "asd_hf.commands", "train", "--help").stdout
+    done = run("-m", "asd_hf.commands", "trian", ok=False)
+    assert done.stderr.strip() == "error: unknown command 'trian': did you mean 'train'?"
+
+
+def test_make_shapes_and_shard(tmp_path):
+    run("-m", "asd_hf.commands", "make-shapes", tmp_path / "s", "--num-train", "6", "--num-val", "3")
+    run("-m", "asd_hf.commands", "shard", "--data", tmp_path / "s", "--split", "val", "--output", tmp_path / "p", "--num-shards", "2")
+    assert open_source(str(tmp_path / "p"), "val").num_rows == 3

@@ -1,0 +1,334 @@
+"""The training loop on tiny models and a generated COCO folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
+
+from asd_hf.config import TrainingConfig
+from asd_hf.criterion import DetectionCriterion
+from asd_hf.data import DataConfig, DetectionStream, RowTransform, make_shapes, open_source
+from asd_hf.data.shapes import CLASS_NAMES
+from asd_hf.detectors import get_adapter
+from asd_hf.distiller import Distiller
+from asd_hf.errors import UserError
+from asd_hf.methods.asd import ASD, ASDConfig
+from asd_hf.trainer import METHOD_WEIGHTS, DistillationTrainer
+from tests import tiny
+
+
+SIZE = {"shortest_edge": 96, "longest_edge": 128}
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    make_shapes(root, num_train=24, num_val=9, image_size=96, progress=False)
+    return root
+
+
+def stream(root, split="train", batch_size=4, training=True, **options):
+    config = DataConfig(
+        source=str(root), resize="multiscale", train_sizes=[80, 96], eval_size=96, max_size=128, augmentation="flip"
+    )
+    transform = RowTransform(config, training=training, seed=0)
+    return DetectionStream(
+        open_source(str(root), split, config),
+        transform,
+        batch_size,
+        shuffle=training,
+        drop_last=training,
+        shuffle_buffer=16,
+        **options,
+    )
+
+
+def make_trainer(root, output_dir, *, distil=True, seed=0, teacher_seed=1, teacher_options=None, **options):
+    student = get_adapter(tiny.deformable_detr(seed, classes=CLASS_NAMES), tiny.processor(size=SIZE))
+    teacher = method = None
+    if distil:
+        model = tiny.deformable_detr(teacher_seed, **{"classes": CLASS_NAMES, "num_queries": 15} | (teacher_options or {}))
+        teacher = get_adapter(model, tiny.processor())
+        torch.manual_seed(seed)
+        method = ASD(ASDConfig(hidden_dim=16, key_dim=16, ramp_steps=0), student.spec, teacher.spec)
+    arguments = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 3,
+        "save_steps": 3,
+        "save_total_limit": 10,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    args = TrainingConfig(output_dir=str(output_dir), **arguments | options)
+    return DistillationTrainer(
+        student,
+        teacher,
+        method,
+        args,
+        train_dataset=stream(root, batch_size=args.per_device_train_batch_size, num_workers=args.dataloader_num_workers),
+        eval_dataset=stream(root, "val", training=False),
+        run_config="model: {}\n",
+    )
+
+
+def weights(trainer):
+    return {k: v.detach().clone() for k, v in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    different = [k for k in a if not torch.equal(a[k], b[k])]
+    assert not different, different
+
+
+def logged(trainer):
+    skip = ("runtime", "per_second", "train_loss", "flos")
+    return [{k: v for k, v in row.items() if not any(s in k for s in skip)} for row in trainer.state.log_history]
+
+
+def test_training_moves_the_student_and_the_sampler_and_not_the_teacher(shapes, tmp_path):
+    trainer = make_trainer(shapes, tmp_path)
+    before, teacher = weights(trainer), {k: v.clone() for k, v in trainer.teacher.model.state_dict().items()}
+    trainer.train()
+    after = weights(trainer)
+    moved = [k for k in before if not torch.equal(before[k], after[k])]
+    assert any(k.startswith("student.") for k in moved)
+    assert any(k.startswith("method.") for k in moved)
+    assert_equal(teacher, dict(trainer.teacher.model.state_dict()))
+    assert not trainer.teacher.model.training
+
+
+def test_every_term_is_logged_and_the_terms_sum_to_the_loss(shapes, tmp_path):
+    trainer = make_trainer(shapes, tmp_path)
+    trainer.train()
+    row = next(r for r in trainer.state.log_history if "loss" in r)
+    terms = {k: v for k, v in row.items() if k.startswith("loss/")}
+    assert set(terms) == {
+        *("loss/loss_ce", "loss/loss_bbox", "loss/loss_giou"),
+        *("loss/asd_sampling", "loss/asd_box", "loss/asd_class"),
+    }
+    assert sum(terms.values()) == pytest.approx(row["loss"], rel=1e-5)
+    assert {"asd/w_ii", "asd/w_ii_foreground", "asd/w_ii_background", "asd/queries_per_point"} <= row.keys()
+    assert 0 < row["distillation_gradient_share"] < 1
+
+
+def test_gradient_share_is_the_ratio_of_gradients_at_the_predictions():
+    student = get_adapter(tiny.deformable_detr(0), tiny.processor())
+    teacher = get_adapter(tiny.deformable_detr(1).eval(), tiny.processor())
+    method = ASD(ASDConfig(ramp_steps=0), student.spec, teacher.spec)
+    criterion = DetectionCriterion.from_config(student.model.config)
+    batch = tiny.batch()
+    with torch.no_grad():
+        answer = teacher(batch["pixel_values"], batch["pixel_mask"])
+    out = Distiller(student, criterion, method)(**batch, teacher=answer, measure_gradient_share=True)
+    output = student(batch["pixel_values"], batch["pixel_mask"])
+    norms = []
+    for losses in (method(output, answer, batch["labels"]), criterion(output, batch["labels"])):
+        grads = torch.autograd.grad(sum(losses.values()), (output.logits, output.boxes), retain_graph=True)
+        norms.append(torch.cat([g.flatten() for g in grads]).norm())
+    assert out.gradient_share.item() == pytest.approx((norms[0] / sum(norms)).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_in_mid_epoch_is_bit_equal(shapes, tmp_path, workers):
+    options = {"ema_decay": 0.9, "max_steps": 10, "save_steps": 4, "logging_steps": 2, "dataloader_num_workers": workers}
+    unbroken = make_trainer(shapes, tmp_path / "a", **options)
+    unbroken.train()  # an epoch has 6 steps: step 4 lies within the first, step 8 within the second
+    for step in (4, 8):
+        folder = tmp_path / f"b{step}"
+        shutil.copytree(tmp_path / "a" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        resumed = make_trainer(shapes, folder, seed=9, **options)
+        resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+        assert_equal(weights(unbroken), weights(resumed))
+        assert_equal(unbroken.ema.model.state_dict(), resumed.ema.model.state_dict())
+        assert logged(resumed) == logged(unbroken)
+
+
+def test_accumulated_batches_equal_one_large_batch(shapes, tmp_path):
+    """On images with the same number of boxes: the detection loss divides by the boxes of a micro-batch."""
+    sample = tiny.batch(4, sizes=[(64, 64)] * 4)
+    for label in sample["labels"]:
+        label["boxes"], label["class_labels"] = torch.tensor([[0.5, 0.5, 0.3, 0.3]]), torch.tensor([1])
+    results = []
+    for size, steps in ((4, 1), (2, 2)):
+        trainer = make_trainer(shapes, tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps)
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = steps
+        for start in range(0, 4, size):
+            part = {k: v[start : start + size] for k, v in sample.items()}
+            trainer.training_step(trainer.model, part)
+        results.append({n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None})
+    assert results[0].keys() == results[1].keys()
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(gradient, results[1][name], rtol=1e-3, atol=1e-4)  # of a norm of 100
+
+
+def test_parameter_groups(shapes, tmp_path):
+    trainer = make_trainer(
+        shapes, tmp_path, backbone_lr_scale=0.5, sampling_lr_scale=0.25, method_learning_rate=7e-3, weight_decay=0.1
+    )
+    trainer.create_optimizer()
+    settings = {id(p): (g["lr"], g["weight_decay"]) for g in trainer.optimizer.param_groups for p in g["params"]}
+    names = {id(p): n for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert settings.keys() == names.keys()
+    for key, name in names.items():
+        rate = 1e-3
+        if name.startswith("method."):
+            rate = 7e-3
+        elif ".backbone." in name:
+            rate = 5e-4
+        elif "sampling_offsets" in name or "reference_points" in name:
+            rate = 2.5e-4
+        plain = name.startswith("method.") or name.endswith("bias") or "norm" in name
+        assert settings[key] == (rate, 0.0 if plain else 0.1), name
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-3  # the one that Trainer logs
+    assert len(trainer.optimizer.param_groups) <= 8
+
+
+def test_student_and_method_are_clipped_apart(shapes, tmp_path):
+    trainer = make_trainer(shapes, tmp_path, max_grad_norm=0.5, method_max_grad_norm=0.25)
+    for p in trainer.model.parameters():
+        p.grad = torch.full_like(p, 3.0)
+    before = trainer._clip_grad_norm(trainer.model)
+    norm = lambda m: torch.cat([p.grad.flatten() for p in m.parameters()]).norm().item()  # noqa: E731
+    assert norm(trainer.model.student) == pytest.approx(0.5, rel=1e-4)
+    assert norm(trainer.model.method) == pytest.approx(0.25, rel=1e-4)
+    count = sum(p.numel() for p in trainer.model.student.parameters())
+    assert before.item() == pytest.approx(3 * count**0.5, rel=1e-4)
+
+
+def test_bf16_trains_and_boxes_stay_in_fp32(shapes, tmp_path):
+    trainer = make_trainer(shapes, tmp_path, bf16=True)
+    seen = {}
+    forward = trainer.method.forward
+    trainer.method.forward = lambda s, t, y: seen.update(student=s, teacher=t) or forward(s, t, y)
+    trainer.train()
+    assert seen["student"].boxes.dtype == seen["teacher"].boxes.dtype == torch.float32
+    losses = [r["loss"] for r in trainer.state.log_history if "loss" in r]
+    assert all(torch.isfinite(torch.tensor(losses)))
+
+
+def test_gradient_checkpointing_gives_the_same_weights(shapes, tmp_path):
+    plain, frugal = make_trainer(shapes, tmp_path / "a"), make_trainer(shapes, tmp_path / "b", activation_checkpointing=True)
+    plain.train()
+    frugal.train()
+    assert frugal.model.student.is_activation_checkpointing
+    a, b = weights(plain), weights(frugal)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
+
+
+def test_moving_average(shapes, tmp_path):
+    trainer = make_trainer(shapes, tmp_path, ema_decay=0.6, max_steps=3)
+    path = [weights(trainer)]
+    inner = trainer.callback_handler.on_optimizer_step
+
+    def record(*args):
+        path.append(weights(trainer))
+        return inner(*args)
+
+    trainer.callback_handler.on_optimizer_step = record
+    trainer.train()
+    name = "student.class_embed.0.weight"
+    expected = path[0][name].double()
+    for step, now in enumerate(path[1:]):
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * now[name].double()
+    got = trainer.ema.model.state_dict()["class_embed.0.weight"].double()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+    metrics = trainer.evaluate()
+    assert {"eval_AP", "eval_ema_AP"} <= metrics.keys()
+
+
+def test_best_checkpoint_is_loaded_at_the_end(shapes, tmp_path):
+    trainer = make_trainer(
+        shapes, tmp_path, eval_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True
+    )
+    scores = iter([0.1, 0.9, 0.5])
+    evaluate = trainer.evaluation_loop
+
+    def scripted(*args, **kwargs):
+        output = evaluate(*args, **kwargs)
+        output.metrics["eval_AP"] = next(scores)
+        return output
+
+    trainer.evaluation_loop = scripted
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    best = AutoModelForObjectDetection.from_pretrained(tmp_path / "checkpoint-4").state_dict()
+    assert_equal(best, dict(trainer.model.student.state_dict()))
+    assert_equal(load_file(tmp_path / "checkpoint-4" / METHOD_WEIGHTS), dict(trainer.model.method.state_dict()))
+
+
+def test_early_stopping(shapes, tmp_path):
+    trainer = make_trainer(
+        shapes, tmp_path, max_steps=12, eval_strategy="steps", eval_steps=1, save_steps=1, early_stopping_patience=2
+    )
+    trainer.train()  # AP stays 0 for a tiny model that has seen ten images
+    assert trainer.state.global_step < 12
+
+
+def test_saved_student_is_an_ordinary_checkpoint(shapes, tmp_path):
+    trainer = make_trainer(shapes, tmp_path / "run", ema_decay=0.9)
+    trainer.train()
+    trainer.save_model()
+    model = AutoModelForObjectDetection.from_pretrained(tmp_path / "run").eval()
+    student = trainer.model.student.eval()
+    pixels = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixels).logits, student(pixels).logits)
+    assert list(model.config.id2label.values()) == list(CLASS_NAMES)
+    assert AutoImageProcessor.from_pretrained(tmp_path / "run").size == SIZE
+    image = next((Path(shapes) / "val").glob("*.jpg"))
+    found = pipeline("object-detection", model=str(tmp_path / "run"), threshold=0.0)(str(image))
+    assert found and found[0]["label"] in CLASS_NAMES
+    assert (tmp_path / "run" / "ema" / "model.safetensors").is_file()
+    assert not list((tmp_path / "run").rglob("*.bin"))  # nothing that needs unpickling beside the student
+    assert (tmp_path / "run" / "asd_hf.yaml").read_text() == "model: {}\n"
+
+
+def test_evaluation_counts_each_image_once_and_knows_its_ground_truth(shapes, tmp_path):
+    trainer = make_trainer(shapes, tmp_path)
+    _, evaluator = trainer.evaluate_adapter(trainer.adapter)
+    truth = json.loads((shapes / "annotations/instances_val.json").read_text())
+    assert sorted(evaluator.images) == [image["id"] for image in truth["images"]]
+    boxes = sum(len(result.ground_truth) for result in evaluator.images.values())
+    assert boxes == len(truth["annotations"])
+
+
+def test_teacher_classes_are_reordered_by_name(shapes, tmp_path):
+    order = [3, 0, 4, 1, 2]
+    plain = make_trainer(shapes, tmp_path / "a")
+    shuffled = make_trainer(shapes, tmp_path / "b", teacher_options={"classes": tuple(CLASS_NAMES[i] for i in order)})
+    source, target = plain.teacher.model, shuffled.teacher.model
+    target.load_state_dict(source.state_dict())
+    with torch.no_grad():
+        for ours, theirs in zip(target.class_embed, source.class_embed, strict=True):
+            ours.weight.copy_(theirs.weight[order])
+            ours.bias.copy_(theirs.bias[order])
+    batch = tiny.batch()
+    torch.testing.assert_close(shuffled.ask_teacher(batch).logits, plain.ask_teacher(batch).logits)
+
+
+def test_mistakes(shapes, tmp_path):
+    with pytest.raises(UserError, match="share no class"):
+        make_trainer(shapes, tmp_path, teacher_options={"classes": ("dog", "cat")})
+    student = get_adapter(tiny.deformable_detr(0), tiny.processor())
+    with pytest.raises(UserError, match="a teacher needs a method"):
+        DistillationTrainer(student, student, None, TrainingConfig(output_dir=str(tmp_path), use_cpu=True))
+    trainer = make_trainer(shapes, tmp_path, distil=False)
+    with pytest.raises(UserError, match="does not exist"):
+        trainer._load_from_checkpoint(str(tmp_path / "nowhere"))
+    trainer.save_model(str(tmp_path / "plain"))
+    with pytest.raises(UserError, match="holds no weights of the method"):
+        make_trainer(shapes, tmp_path)._load_from_checkpoint(str(tmp_path / "plain"))
