@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from .data import DataConfig
 from .errors import UserError
@@ -69,6 +70,8 @@ class TrainingConfig(TrainingArguments):
         super().__post_init__()
         if self.hub_token is not None:
             raise UserError("training.hub_token would be written into files: use `hf auth login` or HF_TOKEN instead")
+        if self.hub_strategy != HubStrategy.END:
+            raise UserError("training.hub_strategy must be 'end': the others upload pickled files with each checkpoint")
         if self.remove_unused_columns:
             raise UserError("training.remove_unused_columns must be false: the rows of a detection data set are nested")
         if not 0 <= self.ema_decay < 1:

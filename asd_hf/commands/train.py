@@ -14,6 +14,7 @@ from ..detectors import get_adapter
 from ..detectors.base import DetectorAdapter
 from ..errors import UserError
 from ..evaluation import STATS, TOP_K, format_table, milliseconds_per_image
+from ..hub import call_hub
 from ..student import StudentConfig, align_classes, build_student, load_teacher
 from ..trainer import DistillationTrainer
 
@@ -100,7 +101,7 @@ def train(run: RunConfig) -> dict:
         trainer.create_model_card()
         print(f"student, metrics.json, model card and configuration are in {args.output_dir}")
     if args.push_to_hub:
-        trainer.push_to_hub()
+        call_hub(trainer.push_to_hub, f"the student is complete in {args.output_dir}")
     return metrics
 
 

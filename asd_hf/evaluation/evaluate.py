@@ -11,7 +11,7 @@ from ..student import align_classes
 from .coco import CocoEvaluator
 from .predict import postprocess
 
-TOP_K = 100  # COCO scores at most 100 detections an image
+TOP_K = 100  # detections kept of an image; COCO scores at most 100 of each class
 
 
 @torch.no_grad()
@@ -38,17 +38,14 @@ def evaluate_detector(
         UserError: the detector lacks a class of the data.
     """
     adapter.model.eval()
-    columns = align_classes(class_names, adapter.spec.class_names)
-    if adapter.spec.activation == "softmax":
-        columns = torch.cat([columns, torch.tensor([len(adapter.spec.class_names)])])
-    columns = columns.to(device)
+    columns = align_classes(class_names, adapter.spec.class_names).to(device)
     evaluator = CocoEvaluator(class_names, category_ids)
     for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress):
         labels = batch["labels"]
         output = adapter(batch["pixel_values"].to(device), batch["pixel_mask"].to(device))
         sizes = torch.stack([label["orig_size"] for label in labels])
         predictions = postprocess(
-            output.logits[-1][..., columns], output.boxes[-1], sizes.to(device), adapter.spec.activation, TOP_K
+            output.logits[-1], output.boxes[-1], sizes.to(device), adapter.spec.activation, TOP_K, columns
         )
         ids = torch.stack([label["image_id"] for label in labels])
         evaluator.add(ids, predictions, [label["ground_truth"] for label in labels], sizes)

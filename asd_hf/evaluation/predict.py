@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 
-def postprocess(logits: Tensor, boxes: Tensor, orig_sizes: Tensor, activation: str, top_k: int = 100) -> Tensor:
+def postprocess(
+    logits: Tensor,
+    boxes: Tensor,
+    orig_sizes: Tensor,
+    activation: str,
+    top_k: int = 100,
+    columns: Tensor | None = None,
+) -> Tensor:
     """The best detections of each image, in pixels of the image file, without a score threshold.
 
     A sigmoid head is ranked over all Q * C scores, as Transformers' `post_process_object_detection` does for
@@ -19,20 +26,24 @@ def postprocess(logits: Tensor, boxes: Tensor, orig_sizes: Tensor, activation: s
         orig_sizes: (B, 2), (height, width) of the image files.
         activation: "sigmoid" or "softmax".
         top_k: detections per image.
+        columns: (K,) class columns to score, in this order; None for all.
 
     Returns:
         (B, K, 6) float32 rows (x, y, w, h, score, class index), best score first. K is top_k at most.
     """
     logits, boxes = logits.float(), boxes.float()
     num_queries = logits.shape[1]
+    probabilities = logits.softmax(-1)[..., :-1] if activation == "softmax" else logits.sigmoid()
+    if columns is not None:
+        probabilities = probabilities[..., columns]
     if activation == "softmax":
-        scores, classes = logits.softmax(-1)[..., :-1].max(-1)
+        scores, classes = probabilities.max(-1)
         scores, queries = scores.topk(min(top_k, num_queries), dim=1)
         classes = classes.gather(1, queries)
     else:
-        scores = logits.sigmoid().flatten(1)
+        scores = probabilities.flatten(1)
         scores, best = scores.topk(min(top_k, scores.shape[1]), dim=1)
-        queries, classes = best // logits.shape[2], best % logits.shape[2]
+        queries, classes = best // probabilities.shape[2], best % probabilities.shape[2]
     boxes = boxes.gather(1, queries[..., None].expand(-1, -1, 4))
     corner = boxes[..., :2] - boxes[..., 2:] / 2
     scale = orig_sizes.to(boxes).flip(1).repeat(1, 2)  # (W, H, W, H)
