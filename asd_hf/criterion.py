@@ -138,16 +138,15 @@ class DetectionCriterion:
         self, logits: Tensor, boxes: Tensor, classes: Tensor, targets: Tensor, query: Tensor, target: Tensor
     ) -> dict[str, Tensor]:
         """Weighted sums over the matched pairs, and of the focal loss over all predictions."""
-        onehot = torch.zeros_like(logits)
-        onehot.view(-1, logits.shape[-1])[query, classes[target]] = 1
-        p = logits.sigmoid()
-        likelihood = p * onehot + (1 - p) * (1 - onehot)
-        alpha = self.focal_alpha * onehot + (1 - self.focal_alpha) * (1 - onehot)
-        entropy = F.binary_cross_entropy_with_logits(logits, onehot, reduction="none")
+        hit = torch.zeros_like(logits, dtype=torch.bool)
+        hit.view(-1, logits.shape[-1])[query, classes[target]] = True
+        right = torch.where(hit, logits, -logits)  # log-odds of the right answer
+        alpha = torch.full_like(logits, 1 - self.focal_alpha).masked_fill(hit, self.focal_alpha)
+        focal = alpha * (-right).sigmoid() ** 2 * -F.logsigmoid(right)
         predicted, wanted = boxes.flatten(0, 2)[query], targets[target]
         giou = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
         return {
-            "loss_ce": self.class_loss_weight * (alpha * (1 - likelihood) ** 2 * entropy).sum(),
+            "loss_ce": self.class_loss_weight * focal.sum(),
             "loss_bbox": self.bbox_loss_weight * (predicted - wanted).abs().sum(),
             "loss_giou": self.giou_loss_weight * (1 - giou).sum(),
         }

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 
@@ -61,9 +60,11 @@ class DetectorAdapter:
 
     def normalize(self, pixel_values: Tensor, pixel_mask: Tensor) -> Tensor:
         """uint8 pixels to this model's own statistics, padding to 0 as Transformers' image processors have it."""
-        mean = torch.tensor(self.spec.pixel_mean, device=pixel_values.device)[:, None, None]
-        std = torch.tensor(self.spec.pixel_std, device=pixel_values.device)[:, None, None]
-        return (pixel_values.float() / 255 - mean) / std * pixel_mask[:, None]
+        pixels = pixel_values.float() / 255
+        # Numbers and not tensors: a tensor would be copied to the device, and the host would wait for it.
+        for channel, mean, std in zip(pixels.unbind(1), self.spec.pixel_mean, self.spec.pixel_std, strict=True):
+            channel.sub_(mean).div_(std)
+        return pixels.mul_(pixel_mask[:, None])
 
     @staticmethod
     @contextmanager

@@ -133,7 +133,7 @@ class DeformableDetrAdapter(DetectorAdapter):
         modules += [*(core.decoder.bbox_embed or ()), *(core.decoder.class_embed or ())]
         with ExitStack() as stack:
             for module in filter(None, modules):
-                module.forward = _outside_autocast(module.forward)
+                module.forward = _outside_autocast(module)
                 stack.callback(delattr, module, "forward")
             yield
 
@@ -214,8 +214,6 @@ class DeformableDetrAdapter(DetectorAdapter):
         heads = [*model.class_embed, *(model.model.decoder.class_embed or ())]
         fresh: dict[nn.Parameter, nn.Linear] = {}  # layers that shared a head share the new one
         for head in heads:
-            if head.weight in fresh:
-                continue
             new = nn.Linear(config.d_model, len(class_names)).to(head.weight)
             with torch.no_grad():
                 new.bias.fill_(-math.log(99))
@@ -271,8 +269,8 @@ class _BatchNorm2d(nn.BatchNorm2d):
         self.num_batches_tracked = None
 
 
-def _outside_autocast(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    dtype = next(forward.__self__.parameters()).dtype
+def _outside_autocast(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    forward, dtype = module.forward, next(module.parameters()).dtype
 
     def precise(x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
