@@ -124,6 +124,7 @@ def _set(kind, key, value, index=0):
         (_set("images", "file_name", "/etc/secret.jpg"), "'/etc/secret.jpg' of image 100 leaves the image folder"),
         (_set("images", "id", "7"), "image id '7' is not an integer"),
         (_set("images", "id", 103), "1 image ids are used twice"),
+        (_set("images", "width", "64"), "image 100 needs a whole number of pixels as width and height"),
         (_set("categories", "id", 7), "two categories have the id 7"),
         (_set("categories", "name", "dog"), "two categories have the name 'dog'"),
         (lambda c: c.pop("categories"), "is no COCO annotation file: KeyError: 'categories'"),
@@ -461,3 +462,13 @@ def test_image_files_named_by_a_row_are_read(tmp_path):
     for row in read(open_source(path, "val")):
         with Image.open(row["image"]["path"]) as image:
             assert image.size == (row["width"], row["height"])
+
+
+def test_rows_whose_objects_are_null_are_images_without_objects(tmp_path):
+    stored, features = table("lists")
+    for row in stored:
+        row["objects"] = row["objects"] if row["objects"]["bbox"] else None
+    source = open_source(
+        write_table(tmp_path / "t", "parquet", stored, features), "val", DataConfig(box_format="xywh")
+    )
+    same(read(source), expected())

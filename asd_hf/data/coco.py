@@ -138,11 +138,13 @@ def _image_row(image: dict[str, Any], file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: image id {image_id!r} is not an integer")
     if not isinstance(name, str) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise UserError(f"{file}: file_name {name!r} of image {image_id} leaves the image folder")
+    size = {key: image.get(key) for key in ("width", "height")}
+    if any(not isinstance(value, int) or value < 1 for value in size.values() if value is not None):
+        raise UserError(f"{file}: image {image_id} needs a whole number of pixels as width and height: {size}")
     return {
         "image_id": image_id,
         "file_name": name,
-        "width": image.get("width"),
-        "height": image.get("height"),
+        **size,
         "objects": {"bbox": [], "category": [], "area": [], "iscrowd": []},
     }
 
@@ -168,6 +170,6 @@ def _add_annotation(annotation: dict, rows: dict[int, dict], class_index: dict[i
     objects["bbox"].append([x, y, w, h])
     objects["category"].append(category)
     objects["area"].append(area)
-    objects["iscrowd"].append(int(annotation.get("iscrowd", 0)))
+    objects["iscrowd"].append(int(annotation.get("iscrowd") or 0))
     width, height = row["width"] or math.inf, row["height"] or math.inf
     return min(x + w, width) <= max(x, 0) or min(y + h, height) <= max(y, 0)

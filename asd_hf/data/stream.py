@@ -60,6 +60,8 @@ class DetectionStream(IterableDataset):
         self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
         self.seed, self.shuffle, self.shuffle_buffer, self.drop_last = seed, shuffle, shuffle_buffer, drop_last
         self.num_rows = num_rows
+        if shuffle and not drop_last:
+            raise ValueError("a shuffled stream ends with whole batches: drop_last must be true")
         # In shared memory: a persistent worker keeps its copy of the stream from one epoch to the next
         self._position = torch.zeros(2, dtype=torch.int64).share_memory_()
         self.readers = world_size * max(1, num_workers)
@@ -95,15 +97,11 @@ class DetectionStream(IterableDataset):
         if self.num_rows is not None:
             return 1  # only a reader that passes over all rows can tell which are the first
         groups = math.gcd(self.source.stream.num_shards, self.readers)
-        if self.source.shard_lengths is None:
+        if self.source.shard_lengths is None or not self.drop_last:
             return groups
-        divisors = [count for count in range(groups, 0, -1) if groups % count == 0]
-        if not self.drop_last:
-            return groups
-        total = self.source.num_rows
-        return next(
-            (n for n in divisors if self._least_rows(n) * self.readers >= (1 - MAX_LEFTOVER) * total - self.readers), 1
-        )
+        enough = (1 - MAX_LEFTOVER) * self.source.num_rows - self.readers
+        divisors = (count for count in range(groups, 0, -1) if groups % count == 0)
+        return next((count for count in divisors if self._least_rows(count) * self.readers >= enough), 1)
 
     def _least_rows(self, groups: int) -> int:
         """Rows that the poorest reader has in the worst of all orders of the shards."""
@@ -159,8 +157,8 @@ class DetectionStream(IterableDataset):
         worker = (worker + skip) % workers
         skip = (skip // workers + (worker < skip % workers)) * self.batch_size
         reader = self.rank * workers + worker
-        limit = self._rows_of(reader)
-        if limit is not None and self.drop_last:
+        limit = self._rows_of(reader) if self.drop_last else None
+        if limit is not None:
             limit = limit // self.batch_size * self.batch_size
         samples: list[dict[str, Any]] = []
         for row in itertools.islice(self._rows(reader, epoch, endless=limit is None and self.drop_last), skip, limit):

@@ -305,7 +305,7 @@ class TableReader:
             raise UserError(f"{name} has no image: looked in the columns {', '.join(IMAGE_COLUMNS)}")
         if image["bytes"] is not None:
             return {"bytes": image["bytes"], "path": image["path"]}
-        if "://" in image["path"] and self.folder is None:  # a file of the Hub
+        if "hf://" in image["path"] and self.folder is None:  # a file of the Hub, possibly inside an archive
             with fsspec.open(image["path"], "rb") as file:
                 return {"bytes": file.read(), "path": image["path"]}
         folder = (self.folder or Path()).resolve()
@@ -329,9 +329,9 @@ def _find(mapping: dict[str, Any], names: tuple[str, ...]) -> Any:
 def _objects(stored: dict[str, Any], name: str) -> dict[str, Any]:
     """bbox, category, area and iscrowd of a row as lists; the last two are None where the row has none."""
     objects = _find(stored, OBJECT_COLUMNS)
+    if objects == [] or (objects is None and any(column in stored for column in OBJECT_COLUMNS)):
+        return {"bbox": [], "category": [], "area": None, "iscrowd": None}
     if isinstance(objects, list):  # one dictionary an object
-        if not objects:
-            return {"bbox": [], "category": [], "area": None, "iscrowd": None}
         keys = dict.fromkeys(key for item in objects for key in item)
         objects = {key: [item.get(key) for item in objects] for key in keys}
         objects = {key: None if all(v is None for v in values) else values for key, values in objects.items()}
