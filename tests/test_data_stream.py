@@ -75,7 +75,7 @@ class Simulated:
             yield from (unpack(batch) for batch in turn if batch is not None)
 
 
-GRID = list(itertools.product([1, 2, 3, 4], [0, 1, 2, 3], [1, 2, 5, 6, 8, 12]))
+GRID = list(itertools.product([1, 2, 3], [0, 1, 2, 3], [1, 4, 5, 12]))
 
 
 @pytest.mark.parametrize(("world", "workers", "shards"), GRID)
@@ -173,8 +173,8 @@ def test_a_loader_with_workers_of_its_own(workers):
     assert batches(stream, loader) == orders[2]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 4])
-@pytest.mark.parametrize("shards", [1, 4, 6])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("shards", [1, 6])
 def test_resuming_within_an_epoch(workers, shards, monkeypatch):
     source = numbered(cut_evenly(64, shards))
     stream = make(source, 3, rank=1, world_size=2, num_workers=workers, shuffle_buffer=10)
@@ -185,8 +185,8 @@ def test_resuming_within_an_epoch(workers, shards, monkeypatch):
         assert batches(stream, Simulated(stream, monkeypatch)) == whole[skip:]
 
 
-def test_skipped_rows_are_not_transformed():
-    stream = make(numbered([40]), 4)
+def test_rows_that_are_skipped_or_left_over_are_not_transformed():
+    stream = make(numbered([43]), 4)
     stream.skip_batches = 8
     assert len(batches(stream)) == 2 and stream.transform.calls == 8
 
