@@ -138,7 +138,7 @@ class DetectionCriterion:
         self, logits: Tensor, boxes: Tensor, classes: Tensor, targets: Tensor, query: Tensor, target: Tensor
     ) -> dict[str, Tensor]:
         """Weighted sums over the matched pairs, and of the focal loss over all predictions."""
-        hit = torch.zeros_like(logits, dtype=torch.bool)
+        hit = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
         hit.view(-1, logits.shape[-1])[query, classes[target]] = True
         right = torch.where(hit, logits, -logits)  # log-odds of the right answer
         alpha = torch.full_like(logits, 1 - self.focal_alpha).masked_fill(hit, self.focal_alpha)
