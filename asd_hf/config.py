@@ -97,10 +97,13 @@ class RunConfig:
 
     def to_yaml(self) -> str:
         """A file that runs this again: all of `model`, `data` and `method`; of `training` what is not the default."""
-        training, default = {}, TrainingConfig()
+        training = {}
         for spec in fields(TrainingConfig):
-            value = _plain(getattr(self.training, spec.name))
-            if spec.init and value != _plain(getattr(default, spec.name)) and spec.name not in _DERIVED:
+            value, default = _plain(getattr(self.training, spec.name)), _plain(_default(spec))
+            # TrainingArguments writes an unset list or flag in several ways. (Its own defaults cannot be asked for: a
+            # second instance would reset the process group of the first.)
+            unset = value in _UNSET and default in _UNSET
+            if spec.init and value != default and not unset and spec.name not in _DERIVED:
                 training[spec.name] = value
         sections = {
             "model": _plain(asdict(self.model)),
@@ -112,7 +115,8 @@ class RunConfig:
 
 
 # What TrainingArguments derives from other fields, and what concerns one start only.
-_DERIVED = {"do_eval", "greater_is_better", "local_rank", "resume_from_checkpoint"}
+_DERIVED = {"accelerator_config", "do_eval", "greater_is_better", "local_rank", "resume_from_checkpoint"}
+_UNSET = (None, False, "", "none", [])
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
