@@ -155,11 +155,14 @@ def test_missing_files_are_named(tmp_path):
 
 def test_a_changed_annotation_file_is_read_again(tmp_path):
     contents = write_coco(tmp_path, "val", ROWS)
-    first = open_source(str(tmp_path), "val")
-    contents["annotations"][0]["area"] = 4321.0
-    (tmp_path / "annotations/instances_val.json").write_text(json.dumps(contents))
-    second = open_source(str(tmp_path), "val")
-    assert read(second)[0]["objects"]["area"][0] == 4321.0 and first.fingerprint != second.fingerprint
+    file, prints = tmp_path / "annotations/instances_val.json", set()
+    for area in (4321.0, 1234.0, 12345.0):  # of the same size as before, and longer
+        contents["annotations"][0]["area"] = area
+        file.write_text(json.dumps(contents))
+        source = open_source(str(tmp_path), "val")
+        prints.add(source.fingerprint)
+        assert read(source)[0]["objects"]["area"][0] == area
+    assert len(prints) == 3
 
 
 def test_a_folder_is_built_once_by_several_threads(tmp_path):
