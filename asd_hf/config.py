@@ -58,7 +58,9 @@ class TrainingConfig(TrainingArguments):
     sampling_lr_scale: float = _own(
         0.1, "Learning rate of sampling offsets and reference points, relative to training.learning_rate"
     )
-    method_learning_rate: float | None = _own(None, "Learning rate of the method's own parameters; default: the student's")
+    method_learning_rate: float | None = _own(
+        None, "Learning rate of the method's own parameters; default: the student's"
+    )
     method_max_grad_norm: float | None = _own(
         None, "Largest gradient norm of the method's own parameters; default: training.max_grad_norm"
     )
@@ -71,9 +73,13 @@ class TrainingConfig(TrainingArguments):
         if self.hub_token is not None:
             raise UserError("training.hub_token would be written into files: use `hf auth login` or HF_TOKEN instead")
         if self.hub_strategy != HubStrategy.END:
-            raise UserError("training.hub_strategy must be 'end': the others upload pickled files with each checkpoint")
+            raise UserError(
+                "training.hub_strategy must be 'end': the others upload pickled files with each checkpoint"
+            )
         if self.remove_unused_columns:
-            raise UserError("training.remove_unused_columns must be false: the rows of a detection data set are nested")
+            raise UserError(
+                "training.remove_unused_columns must be false: the rows of a detection data set are nested"
+            )
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"training.ema_decay must be in [0, 1), not {self.ema_decay}")
         for name in ("use_liger_kernel", "auto_find_batch_size", "label_smoothing_factor", "neftune_noise_alpha"):

@@ -28,6 +28,9 @@ from .registry import nearest
 
 logger = logging.getLogger(__name__)
 
+# Teachers that ship with the package, by the name of the data set they know.
+PACKAGED = {"shapes": Path(__file__).parent / "assets" / "shapes_teacher"}
+
 _NOT_ARCHITECTURE = {
     *("_name_or_path", "architectures", "dtype", "id2label", "label2id", "model_type", "problem_type"),
     "transformers_version",
@@ -70,17 +73,19 @@ class StudentConfig:
 class ModelConfig:
     """The `model` section of a run's configuration."""
 
-    teacher: str | None = _option(None, "Hub id or folder of the teacher; none: train without one")
+    teacher: str | None = _option(
+        None, "Hub id or folder of the teacher, or 'shapes' for the packaged one; null: train without one"
+    )
     student: StudentConfig | str = _option(StudentConfig, "Hub id or folder of the student, or how to build one")
 
 
 def load_teacher(name: str) -> tuple[nn.Module, Any]:
-    """A frozen detector in eval mode and its image processor.
+    """A frozen detector in eval mode and its image processor, of a Hub id, a folder or a key of `PACKAGED`.
 
     Raises:
         UserError: no such model, or it is no detector of a known family, lacks weights or an image processor.
     """
-    model, processor = _load_detector(name, "model.teacher")
+    model, processor = _load_detector(str(PACKAGED.get(name, name)), "model.teacher")
     return model.requires_grad_(False).eval(), processor
 
 

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .config import TrainingConfig
 from .criterion import DetectionCriterion
@@ -48,7 +49,7 @@ class DistillationTrainer(Trainer):
         **kwargs: passed on to Transformers' Trainer (callbacks, optimizers, ...).
 
     Raises:
-        UserError: teacher without method or the reverse, no class in common, or several GPUs in one process.
+        UserError: teacher without method or the reverse, no class in common, several GPUs in one process, FSDP or DeepSpeed.
     """
 
     loss_is_scaled_for_ga = False  # losses are means over a micro-batch: Trainer divides by the accumulation steps
@@ -69,7 +70,9 @@ class DistillationTrainer(Trainer):
         if (teacher is None) != (method is None):
             raise UserError("a teacher needs a method and a method a teacher: give both (model.teacher, method.name)")
         if args.n_gpu > 1:
-            raise UserError("several GPUs in one process cannot share detection labels: start with `accelerate launch`")
+            raise UserError(
+                "several GPUs in one process cannot share detection labels: start with `accelerate launch`"
+            )
         self.adapter, self.teacher, self.method = student, teacher, method
         self.category_ids, self.run_config, self.card = category_ids, run_config, card
         criterion = DetectionCriterion.from_config(student.model.config, class_loss_weight=args.class_loss_weight)
@@ -81,6 +84,8 @@ class DistillationTrainer(Trainer):
             processing_class=student.processor,
             **kwargs,
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UserError("FSDP and DeepSpeed are not supported: start with distributed_type MULTI_GPU")
         self.teacher_columns: Tensor | None = None
         if teacher is not None:
             teacher.model.requires_grad_(False).eval().to(self.args.device)
@@ -94,6 +99,17 @@ class DistillationTrainer(Trainer):
         if args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         self._scalars: dict[str, list[Tensor]] = defaultdict(list)
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
+        """Trainer's own; the checkpoint of a finished run is loaded as it is, where Trainer would take one more step."""
+        if resume_from_checkpoint is not None:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+            *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+            if state.global_step >= max_steps:
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
@@ -181,6 +197,9 @@ class DistillationTrainer(Trainer):
             raise UserError("evaluation needs an eval_dataset")
         return self._loader(stream)
 
+    def get_test_dataloader(self, test_dataset: DetectionStream) -> DataLoader:
+        return self._loader(test_dataset)
+
     def _loader(self, stream: DetectionStream) -> DataLoader:
         pin = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
         return build_loader(stream, self.args.dataloader_num_workers, pin_memory=pin)
@@ -225,24 +244,22 @@ class DistillationTrainer(Trainer):
             models["ema_"] = get_adapter(self.ema.model, self.adapter.processor)
         for name, adapter in models.items():
             training = adapter.model.training
-            with self.accelerator.autocast():
-                result, evaluator = self.evaluate_adapter(adapter, dataloader)
+            result, evaluator = self.evaluate_adapter(adapter, dataloader)
             adapter.model.train(training)
             metrics |= {f"{metric_key_prefix}_{name}{stat}": result[stat] for stat in STATS}
-        return EvalLoopOutput(
-            predictions=None, label_ids=None, metrics=metrics, num_samples=len(evaluator.images)
-        )
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(evaluator.images))
 
     def evaluate_adapter(self, adapter: DetectorAdapter, dataloader: DataLoader | None = None):
         """(COCO numbers, evaluator) of any detector on the evaluation data; all ranks must call it."""
-        return evaluate_detector(
-            adapter,
-            self.get_eval_dataloader() if dataloader is None else dataloader,
-            class_names=self.adapter.spec.class_names,
-            category_ids=self.category_ids,
-            device=self.args.device,
-            progress=not self.args.disable_tqdm and self.is_world_process_zero(),
-        )
+        with self.accelerator.autocast():
+            return evaluate_detector(
+                adapter,
+                self.get_eval_dataloader() if dataloader is None else dataloader,
+                class_names=self.adapter.spec.class_names,
+                category_ids=self.category_ids,
+                device=self.args.device,
+                progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+            )
 
     # -- what is saved: the student as a plain Transformers model, the method's weights beside it ---------------------
 
@@ -268,7 +285,9 @@ class DistillationTrainer(Trainer):
             _restore(self.ema.model, folder / EMA_FOLDER)
         if distiller.method is not None and distiller.method.state_dict():
             if not (folder / METHOD_WEIGHTS).is_file():
-                raise UserError(f"{folder} holds no weights of the method ({METHOD_WEIGHTS}): was it trained by another?")
+                raise UserError(
+                    f"{folder} holds no weights of the method ({METHOD_WEIGHTS}): was it trained by another?"
+                )
             distiller.method.load_state_dict(load_file(folder / METHOD_WEIGHTS, device=str(self.args.device)))
 
     def _load_best_model(self) -> None:

@@ -214,5 +214,17 @@ def test_help_and_unknown_command():
 
 def test_make_shapes_and_shard(tmp_path):
     run("-m", "asd_hf.commands", "make-shapes", tmp_path / "s", "--num-train", "6", "--num-val", "3")
-    run("-m", "asd_hf.commands", "shard", "--data", tmp_path / "s", "--split", "val", "--output", tmp_path / "p", "--num-shards", "2")
+    run(
+        "-m",
+        "asd_hf.commands",
+        "shard",
+        "--data",
+        tmp_path / "s",
+        "--split",
+        "val",
+        "--output",
+        tmp_path / "p",
+        "--num-shards",
+        "2",
+    )
     assert open_source(str(tmp_path / "p"), "val").num_rows == 3

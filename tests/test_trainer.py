@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
 
 from asd_hf.config import TrainingConfig
@@ -53,7 +54,9 @@ def make_trainer(root, output_dir, *, distil=True, seed=0, teacher_seed=1, teach
     student = get_adapter(tiny.deformable_detr(seed, classes=CLASS_NAMES), tiny.processor(size=SIZE))
     teacher = method = None
     if distil:
-        model = tiny.deformable_detr(teacher_seed, **{"classes": CLASS_NAMES, "num_queries": 15} | (teacher_options or {}))
+        model = tiny.deformable_detr(
+            teacher_seed, **{"classes": CLASS_NAMES, "num_queries": 15} | (teacher_options or {})
+        )
         teacher = get_adapter(model, tiny.processor())
         torch.manual_seed(seed)
         method = ASD(ASDConfig(hidden_dim=16, key_dim=16, ramp_steps=0), student.spec, teacher.spec)
@@ -75,7 +78,9 @@ def make_trainer(root, output_dir, *, distil=True, seed=0, teacher_seed=1, teach
         teacher,
         method,
         args,
-        train_dataset=stream(root, batch_size=args.per_device_train_batch_size, num_workers=args.dataloader_num_workers),
+        train_dataset=stream(
+            root, batch_size=args.per_device_train_batch_size, num_workers=args.dataloader_num_workers
+        ),
         eval_dataset=stream(root, "val", training=False),
         run_config="model: {}\n",
     )
@@ -141,7 +146,13 @@ def test_gradient_share_is_the_ratio_of_gradients_at_the_predictions():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_in_mid_epoch_is_bit_equal(shapes, tmp_path, workers):
-    options = {"ema_decay": 0.9, "max_steps": 10, "save_steps": 4, "logging_steps": 2, "dataloader_num_workers": workers}
+    options = {
+        "ema_decay": 0.9,
+        "max_steps": 10,
+        "save_steps": 4,
+        "logging_steps": 2,
+        "dataloader_num_workers": workers,
+    }
     unbroken = make_trainer(shapes, tmp_path / "a", **options)
     unbroken.train()  # an epoch has 6 steps: step 4 lies within the first, step 8 within the second
     for step in (4, 8):
@@ -152,6 +163,9 @@ def test_resume_in_mid_epoch_is_bit_equal(shapes, tmp_path, workers):
         assert_equal(weights(unbroken), weights(resumed))
         assert_equal(unbroken.ema.model.state_dict(), resumed.ema.model.state_dict())
         assert logged(resumed) == logged(unbroken)
+    finished = make_trainer(shapes, tmp_path / "c", seed=9, **options)
+    finished.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-10"))
+    assert_equal(weights(unbroken), weights(finished))
 
 
 def test_accumulated_batches_equal_one_large_batch(shapes, tmp_path):
@@ -219,7 +233,10 @@ def test_bf16_trains_and_boxes_stay_in_fp32(shapes, tmp_path):
 
 
 def test_gradient_checkpointing_gives_the_same_weights(shapes, tmp_path):
-    plain, frugal = make_trainer(shapes, tmp_path / "a"), make_trainer(shapes, tmp_path / "b", activation_checkpointing=True)
+    plain, frugal = (
+        make_trainer(shapes, tmp_path / "a"),
+        make_trainer(shapes, tmp_path / "b", activation_checkpointing=True),
+    )
     plain.train()
     frugal.train()
     assert frugal.model.student.is_activation_checkpointing
@@ -318,6 +335,13 @@ def test_teacher_classes_are_reordered_by_name(shapes, tmp_path):
             ours.bias.copy_(theirs.bias[order])
     batch = tiny.batch()
     torch.testing.assert_close(shuffled.ask_teacher(batch).logits, plain.ask_teacher(batch).logits)
+
+
+def test_tensorboard_gets_every_scalar(shapes, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    make_trainer(shapes, tmp_path, report_to=["tensorboard"]).train()
+    events = EventAccumulator(str(next((tmp_path / "logs").rglob("events.*")).parent)).Reload()
+    assert {"train/loss", "train/loss/asd_box", "train/asd/w_ii"} <= set(events.Tags()["scalars"])
 
 
 def test_mistakes(shapes, tmp_path):

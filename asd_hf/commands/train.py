@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import disable_progress_bar
 
 from ..config import RunConfig, describe_config, load_config
 from ..data import DetectionStream, RowTransform, open_source, resize_spec
@@ -46,7 +47,9 @@ def train(run: RunConfig) -> dict:
     report_progress(args.process_index)
     set_seed(args.seed)
 
-    sources = {split: open_source(run.data.source, split, run.data) for split in (run.data.train_split, run.data.eval_split)}
+    sources = {
+        split: open_source(run.data.source, split, run.data) for split in (run.data.train_split, run.data.eval_split)
+    }
     train_source, eval_source = sources[run.data.train_split], sources[run.data.eval_split]
     names = train_source.class_names
     teacher_model = teacher_processor = teacher = None
@@ -111,6 +114,7 @@ def report_progress(rank: int) -> None:
     package.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     if not package.handlers:
         package.addHandler(logging.StreamHandler())
+    disable_progress_bar()  # Transformers' own, of every checkpoint written; Trainer's and ours stay
 
 
 def _checkpoint(run: RunConfig) -> str | None:
@@ -159,7 +163,8 @@ def _final_metrics(
         if adapter is None:
             continue
         numbers, evaluator = trainer.evaluate_adapter(adapter)
-        latency = milliseconds_per_image(adapter, batch["pixel_values"].to(device), batch["pixel_mask"].to(device))
+        with trainer.accelerator.autocast():
+            latency = milliseconds_per_image(adapter, batch["pixel_values"].to(device), batch["pixel_mask"].to(device))
         metrics[name] = {"parameters": _parameters(adapter), "ms_per_image": latency} | numbers
     metrics["protocol"] = evaluator.protocol(
         resolution=size, top_k=TOP_K, source=run.data.source, split=run.data.eval_split

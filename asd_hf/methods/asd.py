@@ -69,7 +69,9 @@ class ASDConfig(MethodConfig):
 
     # The points
     max_points: int | None = _option(None, "Use only the teacher's best-scored queries as points (paper: all)")
-    point_weight: str = _option("uniform", "Weight of each point; score: its best class probability", ("uniform", "score"))
+    point_weight: str = _option(
+        "uniform", "Weight of each point; score: its best class probability", ("uniform", "score")
+    )
     student_points: bool = _option(False, "The student's queries are points too (extension, not in the paper)")
 
     # The distillation loss, Eq. 15 and 17
@@ -90,7 +92,9 @@ class ASDConfig(MethodConfig):
     giou_weight: float = _option(0.0, "Weight of 1 - GIoU of the boxes (paper: none)")
     # With gradient, the sampler could lower the loss by flattening the weights: uniform ones make all samples equal.
     sampler_gradient: bool = _option(False, "Let the distillation loss train the sampler too")
-    weight_gradient: bool = _option(True, "Let gradient reach the student through its keys, not through its values alone")
+    weight_gradient: bool = _option(
+        True, "Let gradient reach the student through its keys, not through its values alone"
+    )
     ramp_start: int = _option(0, "Optimizer step at which the distillation loss sets in")
     ramp_steps: int = _option(1000, "Steps over which its weight grows to 1: a fresh sampler averages over everything")
 
@@ -168,7 +172,9 @@ class ASD(DistillationMethod):
         super().__init__(config, student, teacher)
         for role, spec in (("student", student), ("teacher", teacher)):
             if config.layers > spec.num_layers and (role == "student" or config.teacher_layer == "same"):
-                raise UserError(f"method.layers is {config.layers}, but the {role} has {spec.num_layers} decoder layers")
+                raise UserError(
+                    f"method.layers is {config.layers}, but the {role} has {spec.num_layers} decoder layers"
+                )
         input_dim = 4 + len(student.class_names)
         self.samplers = nn.ModuleList(
             Sampler(input_dim, config) for _ in range(1 if config.share_sampler else config.layers)
@@ -377,7 +383,9 @@ class ASD(DistillationMethod):
         if self.config.divergence == "softmax":
             if self.config.value == "probs":  # a distribution over classes needs its parts to sum to 1
                 t_class, s_class = t_class.clamp(min=EPSILON).log(), s_class.clamp(min=EPSILON).log()
-            return F.kl_div(s_class.log_softmax(-1), t_class.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+            return F.kl_div(s_class.log_softmax(-1), t_class.log_softmax(-1), reduction="none", log_target=True).sum(
+                -1
+            )
         if self.config.value == "logits":
             t_class, s_class = t_class.sigmoid(), s_class.sigmoid()
         p, q = t_class.clamp(EPSILON, 1 - EPSILON), s_class.clamp(EPSILON, 1 - EPSILON)
