@@ -1,7 +1,7 @@
 """The configuration of a run: one YAML section is one dataclass, `section.key=value` replaces a value of the file.
 
-Sections: `model` (asd_hf.student.ModelConfig), `data` (asd_hf.data.DataConfig), `method` (`name`, then the config class
-of that method) and `training` (TrainingConfig, which is transformers.TrainingArguments and a few fields).
+Sections: `model` (asd_hf.student.ModelConfig), `data` (asd_hf.data.DataConfig), `method` (`name`, then the config
+class of that method) and `training` (TrainingConfig, which is transformers.TrainingArguments and a few fields).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TrainingConfig(TrainingArguments):
     learning_rate: float = _own(2e-4, "Peak learning rate of the student")
     weight_decay: float = _own(1e-4, "Weight decay; biases and norms have none")
     max_grad_norm: float = _own(0.1, "Largest norm of the student's gradient")
-    # What a detector needs of Trainer: rows keep their columns, a NaN shows, the best checkpoint is the one of best AP.
+    # What a detector needs of Trainer: rows keep their columns, a NaN shows, the best checkpoint has the best AP.
     remove_unused_columns: bool = _own(False, "Must stay false: the rows of a detection data set are nested")
     logging_nan_inf_filter: bool = _own(False, "Hide NaN losses from the log")
     logging_steps: float = _own(50, "Log every so many steps")
@@ -230,7 +230,7 @@ def _fill(cls: type, values: dict[str, Any], where: str):
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """`value` as YAML read it, as the type that the field asks for: YAML reads 1e-4 as a string."""
     if get_origin(hint) in (Union, types.UnionType):
-        # The type that the value has already wins over one that it could be turned into, and its errors are the user's.
+        # The type that the value has already wins over one that it could be turned into.
         if own := [option for option in get_args(hint) if _is(value, option)]:
             return _convert(value, own[0], where)
         for option in get_args(hint):

@@ -49,7 +49,8 @@ class DistillationTrainer(Trainer):
         **kwargs: passed on to Transformers' Trainer (callbacks, optimizers, ...).
 
     Raises:
-        UserError: teacher without method or the reverse, no class in common, several GPUs in one process, FSDP or DeepSpeed.
+        UserError: teacher without method or the reverse, no class in common, several GPUs in one process, FSDP
+            or DeepSpeed.
     """
 
     loss_is_scaled_for_ga = False  # losses are means over a micro-batch: Trainer divides by the accumulation steps
@@ -101,7 +102,7 @@ class DistillationTrainer(Trainer):
         self._scalars: dict[str, list[Tensor]] = defaultdict(list)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
-        """Trainer's own; the checkpoint of a finished run is loaded as it is, where Trainer would take one more step."""
+        """Trainer's own; the checkpoint of a finished run is loaded as it is: Trainer would take one more step."""
         if resume_from_checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
             *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())

@@ -51,7 +51,7 @@ def method(dtype=torch.float64, step=10_000, **options):
     return asd
 
 
-# -- the reference: one image, one layer, one point at a time, plain floats ---------------------------------------------
+# -- the reference: one image, one layer, one point at a time, plain floats -------------------------------------------
 
 
 def sigmoid(x):

@@ -201,7 +201,9 @@ def test_push_to_hub(world, tmp_path):
         assert not [name for name in repository.files if name.startswith(("_", "checkpoint")) or name.endswith(".bin")]
         card = repository.files["README.md"].decode()
         assert "model-index" in card and "AP50" in card and 'model="user/small"' in card
-        again = "from transformers import pipeline; print(pipeline('object-detection', model='user/small').model.num_parameters())"
+        again = (
+            "from transformers import pipeline as p; print(p('object-detection', 'user/small').model.num_parameters())"
+        )
         parameters = json.loads((tmp_path / "metrics.json").read_text())["student"]["parameters"]
         assert run("-c", again, environment=hub.env).stdout.strip() == str(parameters)
 

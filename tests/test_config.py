@@ -28,7 +28,8 @@ def test_every_shipped_configuration_is_valid_and_its_name_tells_its_method(path
 def test_values_keep_their_type(tmp_path):
     path = write(
         tmp_path,
-        "training: {learning_rate: 1e-4, max_steps: 10, use_cpu: true, report_to: [tensorboard], lr_scheduler_type: cosine}\n"
+        "training: {learning_rate: 1e-4, max_steps: 10, use_cpu: true, report_to: [tensorboard],\n"
+        "  lr_scheduler_type: cosine}\n"
         "method: {name: asd, layers: 1, temperature: 2}\n"
         "model: {teacher: some/teacher, student: {backbone: resnet18, config: {dropout: 0.0}}}\n",
     )

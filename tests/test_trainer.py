@@ -23,7 +23,6 @@ from asd_hf.methods.asd import ASD, ASDConfig
 from asd_hf.trainer import METHOD_WEIGHTS, DistillationTrainer
 from tests import tiny
 
-
 SIZE = {"shortest_edge": 96, "longest_edge": 128}
 
 

@@ -17,14 +17,10 @@ from ..student import load_teacher
 def main(argv: list[str]) -> None:
     """COCO's numbers of a model on a data set."""
     parser = argparse.ArgumentParser(prog="asd-hf evaluate", description=main.__doc__)
-    parser.add_argument(
-        "--model", required=True, metavar="DIR_OR_HUB_ID", help="a checkpoint with its image processor"
-    )
+    parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="a checkpoint with its processor")
     parser.add_argument("--data", required=True, metavar="SOURCE", help="as data.source of a configuration")
     parser.add_argument("--split", default="val", metavar="NAME", help="default: val")
-    parser.add_argument(
-        "--output", type=Path, default=Path("metrics.json"), metavar="FILE", help="default: metrics.json"
-    )
+    parser.add_argument("--output", type=Path, default=Path("metrics.json"), help="default: metrics.json")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="also write COCO results to this file")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="default: 8")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="loader workers (default: 0)")
@@ -33,7 +29,7 @@ def main(argv: list[str]) -> None:
         "overrides",
         nargs="*",
         metavar="data.key=value",
-        help="other keys of the data section, as data.box_format=xywh",
+        help="other keys of the data section (data.box_format=xywh)",
     )
     evaluate(parser.parse_args(argv))
 

@@ -13,7 +13,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--num-train", type=int, default=2000, metavar="N", help="training images (default: 2000)")
     parser.add_argument("--num-val", type=int, default=400, metavar="N", help="evaluation images (default: 400)")
     parser.add_argument(
-        "--image-size", type=int, default=128, metavar="PIXELS", help="side of an image (default: 128)"
+        "--image-size", type=int, default=128, metavar="N", help="side of an image in pixels (default: 128)"
     )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     args = parser.parse_args(argv)

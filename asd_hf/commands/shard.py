@@ -7,7 +7,7 @@ from ..data import open_source, shard_dataset
 
 
 def main(argv: list[str]) -> None:
-    """Turns a data set into balanced Parquet shards in the Hub's layout; started again, it goes on where it stopped."""
+    """Turns a data set into balanced Parquet shards in the Hub's layout; started again, it goes on."""
     parser = argparse.ArgumentParser(prog="asd-hf shard", description=main.__doc__)
     parser.add_argument("--data", required=True, metavar="SOURCE", help="as data.source of a configuration")
     parser.add_argument("--split", required=True, metavar="NAME", help="split to read, and its name in the shards")

@@ -14,7 +14,7 @@ from ..data import DetectionStream, RowTransform, open_source, resize_spec
 from ..detectors import get_adapter
 from ..detectors.base import DetectorAdapter
 from ..errors import UserError
-from ..evaluation import STATS, TOP_K, format_table, milliseconds_per_image
+from ..evaluation import TOP_K, format_table, milliseconds_per_image
 from ..hub import call_hub
 from ..student import StudentConfig, align_classes, build_student, load_teacher
 from ..trainer import DistillationTrainer
@@ -109,7 +109,7 @@ def train(run: RunConfig) -> dict:
 
 
 def report_progress(rank: int) -> None:
-    """Shows what this package logs: everything on rank 0, warnings of the others. Other packages keep their settings."""
+    """Shows what this package logs: everything on rank 0, warnings of the others. Other packages stay as set."""
     package = logging.getLogger("asd_hf")
     package.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     if not package.handlers:

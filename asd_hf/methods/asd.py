@@ -150,8 +150,8 @@ class ASD(DistillationMethod):
 
     Requires: boxes and class probabilities of both; no decoder access, no features, no labels.
 
-    Differs from the paper in: distillation leaves the sampler alone and sets in over a ramp, and the sampling loss is a
-    mean. `configs/deformable_detr/asd_paper_literal.yaml` takes the text to the letter. `objective: pair`,
+    Differs from the paper in: distillation leaves the sampler alone and sets in over a ramp, and the sampling loss is
+    a mean. `configs/deformable_detr/asd_paper_literal.yaml` takes the text to the letter. `objective: pair`,
     `balance_iterations` and `student_points` are not in the paper.
     """
 
