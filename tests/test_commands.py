@@ -201,11 +201,11 @@ def test_push_to_hub(world, tmp_path):
         assert not [name for name in repository.files if name.startswith(("_", "checkpoint")) or name.endswith(".bin")]
         card = repository.files["README.md"].decode()
         assert "model-index" in card and "AP50" in card and 'model="user/small"' in card
-        again = (
-            "from transformers import pipeline as p; print(p('object-detection', 'user/small').model.num_parameters())"
-        )
+        load = "from transformers import AutoModelForObjectDetection as M; model = M.from_pretrained('user/small')"
         parameters = json.loads((tmp_path / "metrics.json").read_text())["student"]["parameters"]
-        assert run("-c", again, environment=hub.env).stdout.strip() == str(parameters)
+        assert run("-c", f"{load}; print(model.num_parameters())", environment=hub.env).stdout.strip() == str(
+            parameters
+        )
 
 
 def test_help_and_unknown_command():
