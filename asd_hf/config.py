@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import TrainingArguments
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from .data import DataConfig
 from .errors import UserError
@@ -80,6 +80,8 @@ class TrainingConfig(TrainingArguments):
             raise UserError(
                 "training.remove_unused_columns must be false: the rows of a detection data set are nested"
             )
+        if self.early_stopping_patience and self.eval_strategy == IntervalStrategy.NO:
+            raise UserError("training.early_stopping_patience needs evaluations: set training.eval_strategy")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"training.ema_decay must be in [0, 1), not {self.ema_decay}")
         for name in ("use_liger_kernel", "auto_find_batch_size", "label_smoothing_factor", "neftune_noise_alpha"):
@@ -95,6 +97,7 @@ class RunConfig:
     data: DataConfig
     method: MethodConfig
     training: TrainingConfig
+    training_given: dict[str, Any]  # what the file and the command line set of it
     method_name: str
 
     @property
@@ -102,27 +105,19 @@ class RunConfig:
         return None if self.method_name == NO_METHOD else get_method(self.method_name)
 
     def to_yaml(self) -> str:
-        """A file that runs this again: all of `model`, `data` and `method`; of `training` what is not the default."""
-        training = {}
-        for spec in fields(TrainingConfig):
-            value, default = _plain(getattr(self.training, spec.name)), _plain(_default(spec))
-            # TrainingArguments writes an unset list or flag in several ways. (Its own defaults cannot be asked for: a
-            # second instance would reset the process group of the first.)
-            unset = value in _UNSET and default in _UNSET
-            if spec.init and value != default and not unset and spec.name not in _DERIVED:
-                training[spec.name] = value
+        """A file that runs this again: all of `model`, `data` and `method`; of `training` what was given.
+
+        TrainingArguments rewrites many of its fields by the machine and by each other, so their values now are not
+        those that make the same run elsewhere. Where to resume concerns one start only and is left out.
+        """
+        training = {key: value for key, value in self.training_given.items() if key != "resume_from_checkpoint"}
         sections = {
             "model": _plain(asdict(self.model)),
             "data": _plain(asdict(self.data)),
             "method": {"name": self.method_name} | _plain(asdict(self.method)),
-            "training": training,
+            "training": _plain(training),
         }
         return yaml.safe_dump(sections, sort_keys=False, width=110)
-
-
-# What TrainingArguments derives from other fields, and what concerns one start only.
-_DERIVED = {"accelerator_config", "do_eval", "greater_is_better", "local_rank", "resume_from_checkpoint"}
-_UNSET = (None, False, "", "none", [])
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -159,6 +154,7 @@ def build_config(raw: dict[str, dict], where: str = "configuration") -> RunConfi
         data=_fill(DataConfig, raw.get("data", {}), f"{where}: data"),
         method=_fill(_method_config(method_name), method, f"{where}: method"),
         training=_fill(TrainingConfig, raw.get("training", {}), f"{where}: training"),
+        training_given=_typed(TrainingConfig, raw.get("training", {}), f"{where}: training"),
         method_name=method_name,
     )
 
@@ -211,16 +207,20 @@ def _override(raw: dict, item: str) -> None:
         raise UserError(f"{item!r}: the value is not YAML") from error
 
 
-def _fill(cls: type, values: dict[str, Any], where: str):
-    """An instance of dataclass `cls`; unknown keys and values of another type are errors."""
+def _typed(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """`values` with the types of the fields of dataclass `cls`; unknown keys and values of another type are errors."""
     hints = get_type_hints(cls)
     valid = {f.name for f in fields(cls) if f.init}
     for key in values:
         if key not in valid:
             raise UserError(f"{where}.{key} is unknown: {nearest(str(key), valid)}")
-    typed = {key: _convert(value, hints[key], f"{where}.{key}") for key, value in values.items()}
+    return {key: _convert(value, hints[key], f"{where}.{key}") for key, value in values.items()}
+
+
+def _fill(cls: type, values: dict[str, Any], where: str):
+    """An instance of dataclass `cls` with `values`; its own errors are the user's as well."""
     try:
-        return cls(**typed)
+        return cls(**_typed(cls, values, where))
     except UserError:
         raise
     except (TypeError, ValueError) as error:

@@ -75,6 +75,6 @@ class Distiller(nn.Module):
 def _gradient_share(imitation: Tensor, task: Tensor, outputs: list[Tensor]) -> Tensor:
     norms = []
     for loss in (imitation, task):
-        gradients = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
-        norms.append(torch.stack([g.float().norm() for g in gradients if g is not None]).norm())
+        gradients = torch.autograd.grad(loss, outputs, retain_graph=True, materialize_grads=True)
+        norms.append(torch.stack([g.float().norm() for g in gradients]).norm())
     return norms[0] / (norms[0] + norms[1]).clamp(min=1e-12)

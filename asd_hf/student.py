@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,13 +80,16 @@ class ModelConfig:
     student: StudentConfig | str = _option(StudentConfig, "Hub id or folder of the student, or how to build one")
 
 
-def load_teacher(name: str) -> tuple[nn.Module, Any]:
+def load_teacher(name: str, key: str = "model.teacher") -> tuple[nn.Module, Any]:
     """A frozen detector in eval mode and its image processor, of a Hub id, a folder or a key of `PACKAGED`.
+
+    Args:
+        key: where the name stands, for the message.
 
     Raises:
         UserError: no such model, or it is no detector of a known family, lacks weights or an image processor.
     """
-    model, processor = _load_detector(str(PACKAGED.get(name, name)), "model.teacher")
+    model, processor = _load_detector(str(PACKAGED.get(name, name)), key)
     return model.requires_grad_(False).eval(), processor
 
 
@@ -150,21 +154,23 @@ def build_student(
     return model.train(), student.processor
 
 
-def align_classes(student_names: tuple[str, ...], teacher_names: tuple[str, ...]) -> LongTensor:
-    """The teacher's column of each class of the student, by name: case, outer spaces, `_` and `-` make no difference.
+def align_classes(
+    names: Sequence[str], known: Sequence[str], asker: str = "the student", owner: str = "the teacher"
+) -> LongTensor:
+    """Which of the `known` classes each of `names` is: case, outer spaces, `_` and `-` make no difference.
+
+    Args:
+        asker, owner: whose `names` and `known` are, for the message.
 
     Raises:
-        UserError: the teacher lacks some of the classes, or has one of them twice.
+        UserError: some of `names` are not known, or one stands twice among the known.
     """
-    rows = _rows(student_names, teacher_names)
-    missing = [name for name, row in zip(student_names, rows, strict=True) if row is None]
-    if len(missing) == len(student_names):
-        raise UserError(
-            f"teacher and student share no class: the teacher has {_short(teacher_names)}, "
-            f"the student {_short(student_names)}"
-        )
+    rows = find_classes(names, known)
+    missing = [name for name, row in zip(names, rows, strict=True) if row is None]
+    if len(missing) == len(names):
+        raise UserError(f"{owner} and {asker} share no class: {owner} has {_short(known)}, {asker} {_short(names)}")
     if missing:
-        raise UserError(f"the teacher does not know {len(missing)} of the student's classes: {_short(missing)}")
+        raise UserError(f"{owner} does not know {len(missing)} classes of {asker}: {_short(missing)}")
     return torch.tensor(rows)
 
 
@@ -274,7 +280,7 @@ def _twin(name: str, student_lists: dict[str, int], teacher_lists: dict[str, int
 def _set_classes(student: DetectorAdapter, class_names: tuple[str, ...]) -> None:
     if student.spec.class_names == class_names:
         return
-    rows = _rows(class_names, student.spec.class_names)
+    rows = find_classes(class_names, student.spec.class_names)
     fresh = [name for name, row in zip(class_names, rows, strict=True) if row is None]
     logger.info(
         "class head of %d classes replaced by one of %d: %d keep their weights, %d are fresh%s",
@@ -287,8 +293,8 @@ def _set_classes(student: DetectorAdapter, class_names: tuple[str, ...]) -> None
     student.replace_classes(class_names, rows)
 
 
-def _rows(wanted: tuple[str, ...], known: tuple[str, ...]) -> list[int | None]:
-    """Where each of `wanted` stands in `known`."""
+def find_classes(wanted: Sequence[str], known: Sequence[str]) -> list[int | None]:
+    """Where each of `wanted` stands in `known`, or None."""
     keys = [_key(name) for name in known]
     for name in wanted:
         if keys.count(_key(name)) > 1:
@@ -300,7 +306,7 @@ def _key(name: str) -> str:
     return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 
-def _short(names: list[str] | tuple[str, ...]) -> str:
+def _short(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
 
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput
 
 from .config import TrainingConfig
 from .criterion import DetectionCriterion
 from .data import DetectionStream, build_loader
 from .detectors import get_adapter
 from .detectors.base import DetectorAdapter, DetectorOutput
-from .distiller import Distiller
+from .distiller import Distiller, DistillerOutput
 from .ema import EMACallback
 from .errors import UserError
 from .evaluation import STATS, evaluate_detector
@@ -102,13 +102,20 @@ class DistillationTrainer(Trainer):
         self._scalars: dict[str, list[Tensor]] = defaultdict(list)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
-        """Trainer's own; the checkpoint of a finished run is loaded as it is: Trainer would take one more step."""
+        """Trainer's own; a finished run is loaded as it ended, where Trainer would take one more step.
+
+        Raises:
+            UserError: the number of steps is not known, or the checkpoint is of another student or method.
+        """
+        if self.args.max_steps <= 0 and self.train_dataset.batches_per_epoch is None:
+            raise UserError("the length of this data source is not known: set training.max_steps")
         if resume_from_checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
             *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
             if state.global_step >= max_steps:
-                self._load_from_checkpoint(resume_from_checkpoint)
                 self.state = state
+                best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+                self._load_from_checkpoint(best or resume_from_checkpoint)
                 return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -119,14 +126,20 @@ class DistillationTrainer(Trainer):
         if self.method is not None:
             self.method.step = self.state.global_step
         outputs = model(**inputs, teacher=self.ask_teacher(inputs), measure_gradient_share=measure)
-        for name, value in outputs.losses.items():
-            self._scalars[f"loss/{name}"].append(value.detach())
-        if self.method is not None:
-            for name, value in self.method.statistics.items():
-                self._scalars[f"{type(self.method).__name__.lower()}/{name}"].append(value)
-        if outputs.gradient_share is not None:
-            self._scalars["distillation_gradient_share"].append(outputs.gradient_share)
+        if self.args.logging_strategy != IntervalStrategy.NO:
+            self._collect(outputs)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _collect(self, outputs: DistillerOutput) -> None:
+        """Keeps this step's scalars on the device, until the next log averages them."""
+        scalars = {f"loss/{name}": loss.detach() for name, loss in outputs.losses.items()}
+        if self.method is not None:
+            kind = type(self.method).__name__.lower()
+            scalars |= {f"{kind}/{name}": value for name, value in self.method.statistics.items()}
+        if outputs.gradient_share is not None:
+            scalars["distillation_gradient_share"] = outputs.gradient_share
+        for name, value in scalars.items():
+            self._scalars[name].append(value)
 
     @torch.no_grad()
     def ask_teacher(self, inputs: dict) -> DetectorOutput | None:
@@ -135,16 +148,13 @@ class DistillationTrainer(Trainer):
             return None
         with self.accelerator.autocast():
             output = self.teacher(inputs["pixel_values"], inputs["pixel_mask"])
-        if self.teacher_columns is not None:
-            output.logits = output.logits[..., self.teacher_columns]
-        return output
+        return output if self.teacher_columns is None else output.select_classes(self.teacher_columns)
 
     def create_optimizer(self, model=None):
         """AdamW in few groups: backbone and sampling points at a fraction of the rate, the method at its own."""
         if self.optimizer is not None:
             return self.optimizer
         args, distiller = self.args, self.model if model is None else model
-        decayed = set(self.get_decay_parameter_names(distiller))
         backbone = {id(p) for p in self.adapter.backbone.parameters()}
         groups: dict[tuple[float, float], list[Tensor]] = {(args.learning_rate, args.weight_decay): []}
         for name, parameter in distiller.named_parameters():
@@ -152,13 +162,13 @@ class DistillationTrainer(Trainer):
                 continue
             rate = args.learning_rate
             if name.startswith("method."):
-                rate = args.method_learning_rate or rate
+                rate = rate if args.method_learning_rate is None else args.method_learning_rate
             elif id(parameter) in backbone:
                 rate *= args.backbone_lr_scale
             elif any(fragment in name for fragment in self.adapter.slow_parameters):
                 rate *= args.sampling_lr_scale
-            # A method's parameters are scaffolding: nothing is gained by keeping them small.
-            decay = args.weight_decay if name in decayed and not name.startswith("method.") else 0.0
+            # Biases and norms are vectors. A method's parameters are scaffolding: why keep them small?
+            decay = args.weight_decay if parameter.dim() > 1 and not name.startswith("method.") else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
         optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(args, distiller)
         self.optimizer = optimizer_class(
@@ -190,6 +200,11 @@ class DistillationTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
             raise UserError("training needs a train_dataset")
+        if self.train_dataset.batch_size != self.args.per_device_train_batch_size:
+            raise UserError(
+                f"the training stream makes batches of {self.train_dataset.batch_size}, but "
+                f"training.per_device_train_batch_size is {self.args.per_device_train_batch_size}"
+            )
         return self._loader(self.train_dataset)
 
     def get_eval_dataloader(self, eval_dataset: DetectionStream | None = None) -> DataLoader:
@@ -202,6 +217,12 @@ class DistillationTrainer(Trainer):
         return self._loader(test_dataset)
 
     def _loader(self, stream: DetectionStream) -> DataLoader:
+        made_for, here = (stream.rank, stream.world_size), (self.args.process_index, self.args.world_size)
+        if made_for != here:
+            raise UserError(
+                f"the stream was made for rank {made_for[0]} of {made_for[1]}, this is rank {here[0]} of {here[1]}: "
+                "give DetectionStream rank=args.process_index and world_size=args.world_size"
+            )
         pin = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
         return build_loader(stream, self.args.dataloader_num_workers, pin_memory=pin)
 
@@ -248,7 +269,7 @@ class DistillationTrainer(Trainer):
             result, evaluator = self.evaluate_adapter(adapter, dataloader)
             adapter.model.train(training)
             metrics |= {f"{metric_key_prefix}_{name}{stat}": result[stat] for stat in STATS}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(evaluator.images))
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=evaluator.num_images)
 
     def evaluate_adapter(self, adapter: DetectorAdapter, dataloader: DataLoader | None = None):
         """(COCO numbers, evaluator) of any detector on the evaluation data; all ranks must call it."""
@@ -318,5 +339,11 @@ def _restore(model: PreTrainedModel, folder: Path) -> None:
     """By `from_pretrained`, never by the file's own names: Transformers renames weights when it saves them."""
     if not folder.is_dir():
         raise UserError(f"checkpoint {folder} does not exist")
-    saved = type(model).from_pretrained(folder)
-    model.load_state_dict(saved.state_dict())
+    saved, report = type(model).from_pretrained(folder, output_loading_info=True)
+    try:
+        if report["missing_keys"]:
+            raise RuntimeError(f"{len(report['missing_keys'])} weights are missing")
+        model.load_state_dict(saved.state_dict())
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder} is a checkpoint of another student than the configuration's: {reason}") from error

@@ -180,11 +180,22 @@ def test_a_teacher_that_shares_no_class_with_the_data(world, tmp_path):
     assert "share no class: the teacher has dog, cat" in done.stderr
 
 
-def test_missing_annotation_file(tmp_path):
+def test_missing_annotation_file(world, tmp_path):
     (tmp_path / "annotations").mkdir()
-    arguments = ["--model", "x/y", "--data", tmp_path, "--split", "val"]
-    done = run("-m", "asd_hf.commands", "evaluate", *arguments, ok=False)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    arguments = ["--model", world / "teacher", "--data", tmp_path, "--split", "val"]
+    done = run("scripts/evaluate.py", *arguments, ok=False)
+    assert done.returncode == 2
+    assert (
+        done.stderr == f"error: {tmp_path}/annotations/instances_val.json does not exist; splits of {tmp_path}: none\n"
+    )
+
+
+def test_a_hub_that_is_down_is_one_line(world, tmp_path):
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    overrides = [f"training.output_dir={tmp_path}", "training.push_to_hub=true", "training.hub_model_id=user/small"]
+    done = run("scripts/train.py", "--config", world / "run.yaml", *overrides, ok=False, environment=environment)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "hf_secret" not in done.stderr
+    assert "training has not begun" in done.stderr.splitlines()[-1]
 
 
 def test_push_to_hub(world, tmp_path):

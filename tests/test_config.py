@@ -70,6 +70,8 @@ def test_a_student_can_be_named_or_described(tmp_path):
         ("training: {eval_strategy: often}", [], "training: .*often"),
         ("training: {hub_token: secret}", [], "training.hub_token would be written into files"),
         ("training: {remove_unused_columns: true}", [], "remove_unused_columns must be false"),
+        ("training: {hub_strategy: every_save}", [], "hub_strategy must be 'end'"),
+        ("training: {early_stopping_patience: 2}", [], "early_stopping_patience needs evaluations"),
         ("training: {ema_decay: 1.0}", [], r"ema_decay must be in \[0, 1\)"),
         ("model: {}", ["training.max_steps"], "is not of the form section.key=value"),
         ("model: {}", ["max_steps=3"], "is not of the form section.key=value"),
@@ -103,6 +105,38 @@ def test_resolved_configuration_says_the_same_again(path):
     assert again.to_yaml() == text
     assert (again.model, again.data, again.method) == (run.model, run.data, run.method)
     assert again.training.seed == 7 and again.training.max_steps == run.training.max_steps
+
+
+def test_resolved_configuration_keeps_what_was_given_and_nothing_of_the_machine(tmp_path):
+    given = [
+        "training.data_seed=0",
+        "training.method_max_grad_norm=0.0",
+        "training.method_learning_rate=0",
+        "training.ddp_find_unused_parameters=false",
+        "training.greater_is_better=false",
+        "training.accelerator_config={even_batches: false}",
+        "training.report_to=none",
+        "training.use_cpu=true",
+        "training.learning_rate=3e-4",
+        "training.resume_from_checkpoint=true",
+    ]
+    run = load_config(write(tmp_path, "method: {name: none}"), given)
+    saved = yaml.safe_load(run.to_yaml())["training"]
+    assert saved == {
+        "data_seed": 0,
+        "method_max_grad_norm": 0.0,
+        "method_learning_rate": 0.0,
+        "ddp_find_unused_parameters": False,
+        "greater_is_better": False,
+        "accelerator_config": {"even_batches": False},
+        "report_to": "none",
+        "use_cpu": True,
+        "learning_rate": 3e-4,
+    }
+    again = build_config(yaml.safe_load(run.to_yaml())).training
+    for name, spec in TrainingConfig.__dataclass_fields__.items():
+        if spec.init and name not in ("resume_from_checkpoint", "accelerator_config"):
+            assert getattr(again, name) == getattr(run.training, name), name
 
 
 def test_help_lists_every_key_with_default_and_meaning():

@@ -126,6 +126,25 @@ def test_every_term_is_logged_and_the_terms_sum_to_the_loss(shapes, tmp_path):
     assert 0 < row["distillation_gradient_share"] < 1
 
 
+def test_a_source_of_unknown_length_needs_a_number_of_steps(shapes, tmp_path):
+    trainer = make_trainer(shapes, tmp_path, max_steps=-1)
+    trainer.train_dataset.source.shard_lengths = None
+    with pytest.raises(UserError, match="set training.max_steps"):
+        trainer.train()
+
+
+def test_selected_classes_are_those_of_logits_and_of_decode():
+    adapter = get_adapter(tiny.deformable_detr(0), tiny.processor())
+    batch, columns = tiny.batch(), torch.tensor([3, 0])
+    with torch.no_grad():
+        output = adapter(batch["pixel_values"], batch["pixel_mask"])
+        selected = output.select_classes(columns)
+        again = selected.decode(*selected.decode.own)
+    assert torch.equal(selected.logits, output.logits[..., [3, 0]])
+    torch.testing.assert_close(again.logits, selected.logits)
+    assert torch.equal(selected.boxes, output.boxes)
+
+
 def test_gradient_share_is_the_ratio_of_gradients_at_the_predictions():
     student = get_adapter(tiny.deformable_detr(0), tiny.processor())
     teacher = get_adapter(tiny.deformable_detr(1).eval(), tiny.processor())
@@ -194,6 +213,8 @@ def test_parameter_groups(shapes, tmp_path):
     settings = {id(p): (g["lr"], g["weight_decay"]) for g in trainer.optimizer.param_groups for p in g["params"]}
     names = {id(p): n for n, p in trainer.model.named_parameters() if p.requires_grad}
     assert settings.keys() == names.keys()
+    kinds = (torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.BatchNorm2d)
+    norms = {f"{n}.weight" for n, m in trainer.model.named_modules() if isinstance(m, kinds)}
     for key, name in names.items():
         rate = 1e-3
         if name.startswith("method."):
@@ -202,7 +223,7 @@ def test_parameter_groups(shapes, tmp_path):
             rate = 5e-4
         elif "sampling_offsets" in name or "reference_points" in name:
             rate = 2.5e-4
-        plain = name.startswith("method.") or name.endswith("bias") or "norm" in name
+        plain = name.startswith("method.") or name.endswith("bias") or name in norms
         assert settings[key] == (rate, 0.0 if plain else 0.1), name
     assert trainer.optimizer.param_groups[0]["lr"] == 1e-3  # the one that Trainer logs
     assert len(trainer.optimizer.param_groups) <= 8
@@ -284,6 +305,9 @@ def test_best_checkpoint_is_loaded_at_the_end(shapes, tmp_path):
     best = AutoModelForObjectDetection.from_pretrained(tmp_path / "checkpoint-4").state_dict()
     assert_equal(best, dict(trainer.model.student.state_dict()))
     assert_equal(load_file(tmp_path / "checkpoint-4" / METHOD_WEIGHTS), dict(trainer.model.method.state_dict()))
+    again = make_trainer(shapes, tmp_path, seed=9, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert_equal(best, dict(again.model.student.state_dict()))
 
 
 def test_early_stopping(shapes, tmp_path):
@@ -353,5 +377,15 @@ def test_mistakes(shapes, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         trainer._load_from_checkpoint(str(tmp_path / "nowhere"))
     trainer.save_model(str(tmp_path / "plain"))
+    other = make_trainer(shapes, tmp_path, distil=False)
+    other.model.student.model.query_position_embeddings = torch.nn.Embedding(9, 64)
+    with pytest.raises(UserError, match="is a checkpoint of another student"):
+        other._load_from_checkpoint(str(tmp_path / "plain"))
+    other.train_dataset.rank, other.train_dataset.world_size = 1, 2
+    with pytest.raises(UserError, match="made for rank 1 of 2, this is rank 0 of 1"):
+        other.get_train_dataloader()
+    other.train_dataset.batch_size = 3
+    with pytest.raises(UserError, match="makes batches of 3"):
+        other.get_train_dataloader()
     with pytest.raises(UserError, match="holds no weights of the method"):
         make_trainer(shapes, tmp_path)._load_from_checkpoint(str(tmp_path / "plain"))

@@ -37,11 +37,11 @@ def main(argv: list[str]) -> None:
 def evaluate(args: argparse.Namespace) -> dict:
     """Evaluates as `args` says and returns what it writes to `args.output`."""
     state = PartialState()
-    adapter = get_adapter(*load_teacher(args.model))
+    source = open_source(args.data, args.split, parse_overrides(DataConfig, {}, "data", args.overrides))
+    adapter = get_adapter(*load_teacher(args.model, "--model"))
     adapter.model.to(state.device)
     # The resolution is the model's own: it is what its processor says.
     config = data_config(adapter.processor, args.data, args.split, args.overrides)
-    source = open_source(config.source, config.eval_split, config)
     stream = DetectionStream(
         source,
         RowTransform(config, training=False),
@@ -63,14 +63,16 @@ def evaluate(args: argparse.Namespace) -> dict:
             device=state.device,
             progress=state.is_main_process,
         )
-        batch = next(iter(loader))
-        pixels, mask = batch["pixel_values"].to(state.device), batch["pixel_mask"].to(state.device)
-        latency = milliseconds_per_image(adapter, pixels, mask)
-    numbers = {"parameters": sum(p.numel() for p in adapter.model.parameters()), "ms_per_image": latency} | numbers
-    numbers["protocol"] = evaluator.protocol(
-        resolution=resize_spec(config), top_k=TOP_K, source=args.data, split=args.split
-    )
     if state.is_main_process:
+        with torch.autocast(state.device.type, torch.bfloat16, enabled=args.bf16):
+            batch = next(iter(loader))
+            pixels, mask = batch["pixel_values"].to(state.device), batch["pixel_mask"].to(state.device)
+            latency = milliseconds_per_image(adapter, pixels, mask)
+        parameters = sum(p.numel() for p in adapter.model.parameters())
+        numbers = {"parameters": parameters, "ms_per_image": latency} | numbers
+        numbers["protocol"] = evaluator.protocol(
+            resolution=resize_spec(config), top_k=TOP_K, source=args.data, split=args.split
+        )
         print(format_table({args.model: numbers}))
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(numbers, indent=2) + "\n")

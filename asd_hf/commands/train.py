@@ -5,6 +5,7 @@ import json
 import logging
 from pathlib import Path
 
+from huggingface_hub import create_repo
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
@@ -16,7 +17,7 @@ from ..detectors.base import DetectorAdapter
 from ..errors import UserError
 from ..evaluation import TOP_K, format_table, milliseconds_per_image
 from ..hub import call_hub
-from ..student import StudentConfig, align_classes, build_student, load_teacher
+from ..student import StudentConfig, align_classes, build_student, find_classes, load_teacher
 from ..trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ def train(run: RunConfig) -> dict:
     """Runs a configuration from data to metrics.
 
     Returns:
-        `metrics.json`'s contents: "teacher" (if any) and "student", and "ema" if there is one.
+        `metrics.json`'s contents: "teacher" (if any) and "student", and "ema" if there is one; on rank 0 also
+        the time of an image and the evaluation's "protocol".
     """
     args = run.training
     checkpoint = _checkpoint(run)
@@ -56,7 +58,7 @@ def train(run: RunConfig) -> dict:
     if run.model.teacher is not None:
         teacher_model, teacher_processor = load_teacher(run.model.teacher)
         teacher = get_adapter(teacher_model, teacher_processor)
-        align_classes(names, teacher.spec.class_names)  # an error here costs nothing yet
+        align_classes(names, teacher.spec.class_names, "the data")  # an error here costs nothing yet
     size = resize_spec(run.data)
     student = get_adapter(*build_student(run.model.student, teacher_model, teacher_processor, tuple(names), size))
     method = None
@@ -65,23 +67,32 @@ def train(run: RunConfig) -> dict:
             raise UserError(f"method.name is {run.method_name!r}, which needs a teacher: set model.teacher")
         method = run.method_class(run.method, student.spec, teacher.spec)
 
+    seed = args.seed if args.data_seed is None else args.data_seed
+
     def stream(split: str, training: bool) -> DetectionStream:
         source = sources[split]
-        columns = align_classes(source.class_names, student.spec.class_names).tolist()
+        columns = align_classes(source.class_names, names, f"split {split!r}", "the training data").tolist()
         return DetectionStream(
             source,
-            RowTransform(run.data, training=training, seed=args.data_seed or args.seed, label_map=columns),
+            RowTransform(run.data, training=training, seed=seed, label_map=columns),
             batch_size=args.per_device_train_batch_size if training else args.per_device_eval_batch_size,
             rank=args.process_index,
             world_size=args.world_size,
             num_workers=args.dataloader_num_workers,
-            seed=args.data_seed or args.seed,
+            seed=seed,
             shuffle=training,
             shuffle_buffer=run.data.shuffle_buffer,
             drop_last=training,
             num_rows=None if training else run.data.num_eval_images,
         )
 
+    if args.push_to_hub and args.process_index == 0:
+        # Trainer creates the repository as well, but tries only once.
+        name = args.hub_model_id or Path(args.output_dir).absolute().name
+        call_hub(lambda: create_repo(name, private=args.hub_private_repo, exist_ok=True), "training has not begun")
+    # The evaluation split may lack classes; their ids are the training split's.
+    rows = find_classes(names, eval_source.class_names)
+    own_ids, eval_ids = train_source.category_ids, eval_source.category_ids
     trainer = DistillationTrainer(
         student,
         teacher,
@@ -89,7 +100,7 @@ def train(run: RunConfig) -> dict:
         args,
         train_dataset=stream(run.data.train_split, training=True),
         eval_dataset=stream(run.data.eval_split, training=False),
-        category_ids=[eval_source.category_ids[i] for i in align_classes(names, eval_source.class_names)],
+        category_ids=[own if row is None else eval_ids[row] for own, row in zip(own_ids, rows, strict=True)],
         run_config=run.to_yaml(),
     )
     _report_setup(student, teacher, trainer)
@@ -157,18 +168,21 @@ def _final_metrics(
     if trainer.ema is not None:
         adapters["ema"] = get_adapter(trainer.ema.model, student.processor)
     metrics = {}
-    batch = next(iter(trainer.get_eval_dataloader()))
+    batch = next(iter(trainer.get_eval_dataloader())) if trainer.is_world_process_zero() else None
     device = trainer.args.device
     for name, adapter in adapters.items():
         if adapter is None:
             continue
         numbers, evaluator = trainer.evaluate_adapter(adapter)
-        with trainer.accelerator.autocast():
-            latency = milliseconds_per_image(adapter, batch["pixel_values"].to(device), batch["pixel_mask"].to(device))
-        metrics[name] = {"parameters": _parameters(adapter), "ms_per_image": latency} | numbers
-    metrics["protocol"] = evaluator.protocol(
-        resolution=size, top_k=TOP_K, source=run.data.source, split=run.data.eval_split
-    )
+        metrics[name] = {"parameters": _parameters(adapter)} | numbers
+        if batch is not None:
+            with trainer.accelerator.autocast():
+                pixels, mask = batch["pixel_values"].to(device), batch["pixel_mask"].to(device)
+                metrics[name]["ms_per_image"] = milliseconds_per_image(adapter, pixels, mask)
+    if batch is not None:
+        metrics["protocol"] = evaluator.protocol(
+            resolution=size, top_k=TOP_K, source=run.data.source, split=run.data.eval_split
+        )
     return metrics
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -39,6 +39,14 @@ class DetectorOutput:
     decode: Callable[[Tensor, Tensor, Tensor], DetectorOutput] | None = None  # asks the encoded images other questions
     proposals: tuple[Tensor, Tensor] | None = None  # two-stage: (B, S, C) logits and (B, S, 4) boxes of the encoder
     loss: Tensor | None = None  # Transformers' own detection loss, when labels were given
+
+    def select_classes(self, columns: Tensor) -> DetectorOutput:
+        """These (K,) class columns of the logits, in this order, and of what `decode` answers; not of `proposals`."""
+        output, ask = replace(self, logits=self.logits[..., columns]), self.decode
+        if ask is not None:
+            output.decode = lambda *question: ask(*question).select_classes(columns)
+            output.decode.own = ask.own
+        return output
 
 
 class DetectorAdapter:

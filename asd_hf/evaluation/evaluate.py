@@ -38,7 +38,7 @@ def evaluate_detector(
         UserError: the detector lacks a class of the data.
     """
     adapter.model.eval()
-    columns = align_classes(class_names, adapter.spec.class_names).to(device)
+    columns = align_classes(class_names, adapter.spec.class_names, "the data", "the model").to(device)
     evaluator = CocoEvaluator(class_names, category_ids)
     for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress):
         labels = batch["labels"]

@@ -30,6 +30,13 @@ def _option(default, text, choices=None):
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
+# `objective: pair` compares single predictions of all teacher queries, under weights without gradient.
+_SAMPLE_ONLY = (
+    *("max_points", "student_points", "value", "box_space", "divergence", "direction"),
+    *("sampler_gradient", "weight_gradient"),
+)
+
+
 @dataclass
 class ASDConfig(MethodConfig):
     """Options of active sampling distillation. "Paper" marks what its text fixes; the rest it leaves open."""
@@ -106,8 +113,10 @@ class ASDConfig(MethodConfig):
         for name in ("layers", "hidden_dim", "key_dim", "mlp_layers", "heads", "temperature", "sampling_temperature"):
             if getattr(self, name) <= 0:
                 raise UserError(f"method.{name} must be above 0, not {getattr(self, name)}")
-        if self.objective == "pair" and (self.max_points is not None or self.student_points):
-            raise UserError("method.objective 'pair' takes the teacher's queries as points, all of them and no others")
+        if self.objective == "pair":
+            for name in _SAMPLE_ONLY:
+                if getattr(self, name) != self.__dataclass_fields__[name].default:
+                    raise UserError(f"method.{name} has no meaning with method.objective 'pair': remove it")
         if self.key_dim % self.heads:
             raise UserError(f"method.key_dim {self.key_dim} cannot be split into method.heads {self.heads}")
 
@@ -171,6 +180,10 @@ class ASD(DistillationMethod):
     def __init__(self, config: ASDConfig, student: DetectorSpec, teacher: DetectorSpec) -> None:
         super().__init__(config, student, teacher)
         for role, spec in (("student", student), ("teacher", teacher)):
+            if spec.activation != "sigmoid":
+                raise UserError(
+                    f"asd reads independent class probabilities, and the {role}'s head is {spec.activation}"
+                )
             if config.layers > spec.num_layers and (role == "student" or config.teacher_layer == "same"):
                 raise UserError(
                     f"method.layers is {config.layers}, but the {role} has {spec.num_layers} decoder layers"
@@ -245,30 +258,29 @@ class ASD(DistillationMethod):
         else:
             t_scores = t_scores.detach()
             s_scores = self._frozen_scores(sampler, point_input, keys)
-        t_weights, s_weights = self._attention(t_scores), self._attention(s_scores)
-        if config.student_points:
-            points = s_input.detach()
-            t_weights = torch.cat([t_weights, self._attention(self._frozen_scores(sampler, points, t_input))], 1)
-            s_weights = torch.cat([s_weights, self._attention(self._frozen_scores(sampler, points, keys))], 1)
-            point_score = torch.cat([point_score, self._score(s_logits).detach()], 1)
+        s_weights = attention = self._attention(s_scores)  # (N, P, S)
+        if config.objective == "pair":
+            distances = self._compare_pairs(s_weights, t_logits, t_boxes, s_logits, s_boxes)
+        else:
+            t_weights = self._attention(t_scores)  # (N, P, T)
+            if config.student_points:
+                points = s_input.detach()
+                t_weights = torch.cat([t_weights, self._attention(self._frozen_scores(sampler, points, t_input))], 1)
+                s_weights = torch.cat([s_weights, self._attention(self._frozen_scores(sampler, points, keys))], 1)
+                point_score = torch.cat([point_score, self._score(s_logits).detach()], 1)
+            distances = self._compare_samples(t_weights, s_weights, t_logits, t_boxes, s_logits, s_boxes)
         share = torch.ones_like(point_score) if config.point_weight == "uniform" else point_score
         share = share / share.sum(1, keepdim=True).clamp(min=EPSILON)  # (N, P), sums to 1 in each image
-
-        compare = self._compare_pairs if config.objective == "pair" else self._compare_samples
-        losses |= {
-            name: (share * distance).sum(1).mean()
-            for name, distance in compare(t_weights, s_weights, t_logits, t_boxes, s_logits, s_boxes).items()
-        }
+        losses |= {name: (share * distance).sum(1).mean() for name, distance in distances.items()}
 
         score, diagonal = self._score(t_logits), own_weights.diagonal(dim1=1, dim2=2)
-        attention = s_weights[:, : point_input.shape[1]].detach()
         statistics = {
             # How surely a prediction finds itself (1: a Dirac sample, Eq. 12), by what the teacher calls an object.
             "w_ii": diagonal.mean(),
             "w_ii_foreground": (score * diagonal).sum() / score.sum().clamp(min=EPSILON),
             "w_ii_background": ((1 - score) * diagonal).sum() / (1 - score).sum().clamp(min=EPSILON),
             # exp(entropy): over how many student queries a teacher point spreads.
-            "queries_per_point": torch.special.entr(attention).sum(-1).exp().mean(),
+            "queries_per_point": torch.special.entr(attention.detach()).sum(-1).exp().mean(),
         }
         return losses, statistics
 
@@ -340,19 +352,13 @@ class ASD(DistillationMethod):
         return distances
 
     def _compare_pairs(
-        self,
-        t_weights: Tensor,
-        s_weights: Tensor,
-        t_logits: Tensor,
-        t_boxes: Tensor,
-        s_logits: Tensor,
-        s_boxes: Tensor,
+        self, weights: Tensor, t_logits: Tensor, t_boxes: Tensor, s_logits: Tensor, s_boxes: Tensor
     ) -> dict[str, Tensor]:
         """Expected distances (N, T) of a teacher query to the student queries under its weights: sum_j W_ij d(i, j).
 
         d is between single predictions, so averages of boxes that lie far apart never arise.
         """
-        weights = s_weights.detach()
+        weights = weights.detach()
         t_probs = t_logits.sigmoid()
         # sum_c KL of Bernoullis, expanded so that no (N, T, S, C) tensor arises.
         cross = F.softplus(s_logits).sum(-1)[:, None] - t_probs @ s_logits.transpose(1, 2)  # (N, T, S)
