@@ -450,8 +450,17 @@ def test_a_repository_read_as_on_the_hub(tmp_path, monkeypatch):
 
     raw = tables._open_hub("owner/name", "val")
     assert tables._detect_box_format(raw) == "xyxy"
+    assert raw.lengths == [11, 12]
     monkeypatch.setattr(tables, "_open_folder", lambda folder, split: raw)
     same(read(open_source("owner/name", "val")), expected(), tolerance=1e-9)
+
+
+def test_a_repository_without_parquet_has_unknown_lengths(tmp_path, monkeypatch):
+    write_tars(tmp_path / "owner/name", table("lists")[0])
+    monkeypatch.chdir(tmp_path)
+    from asd_hf.data import tables
+
+    assert tables._open_hub("owner/name", "validation").lengths is None
 
 
 def test_image_files_named_by_a_row_are_read(tmp_path):

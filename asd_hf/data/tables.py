@@ -9,6 +9,7 @@ import logging
 import math
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,6 +18,7 @@ import datasets
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image
 
 from ..errors import UserError
@@ -35,6 +37,7 @@ AREA_FIELDS = ("area", "areas")
 CROWD_FIELDS = ("iscrowd", "iscrowds")
 
 BOXES_TO_DETECT = 1000
+FOOTERS_AT_A_TIME = 16
 UNKNOWN_LENGTH = 1 << 32  # rows that a shard of unknown length is taken to have, to number rows without image_id
 
 
@@ -185,8 +188,17 @@ def _key_and_suffix(name: str) -> tuple[str, str]:
 
 
 def _open_hub(source: str, split: str) -> Raw:
+    """A data set on the Hub. Where it lies there as Parquet, its lengths are known; else they are None.
+
+    Lengths that cannot be read are an error, not None: ranks that disagree on them would wait for each other.
+    """
     try:
-        stream = datasets.load_dataset(source, split=split, streaming=True)
+        builder = datasets.load_dataset_builder(source)
+        stream = builder.as_streaming_dataset(split=split)
+        lengths = None
+        if isinstance(builder, Parquet) and split in builder.config.data_files:
+            with ThreadPoolExecutor(FOOTERS_AT_A_TIME) as pool:
+                lengths = list(pool.map(_count_rows, builder.config.data_files[split]))
         fingerprint = digest(source, split, str(stream.info.version), sorted(stream.info.download_checksums or ()))
     except Exception as error:  # whatever the Hub's client and the network raise
         raise UserError(
@@ -201,7 +213,13 @@ def _open_hub(source: str, split: str) -> Raw:
         )
     if stream.features:
         stream = stream.decode(False)
-    return Raw(name=source, stream=stream, lengths=None, fingerprint=fingerprint, annotations=None)
+    return Raw(name=source, stream=stream, lengths=lengths, fingerprint=fingerprint, annotations=None)
+
+
+def _count_rows(url: str) -> int:
+    """Rows of a Parquet file, from its footer alone."""
+    with fsspec.open(url, "rb") as file:
+        return pq.read_metadata(file).num_rows
 
 
 def _without_images(data: datasets.Dataset) -> datasets.Dataset:
