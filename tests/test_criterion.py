@@ -2,7 +2,6 @@ import itertools
 import sys
 
 import pytest
-import tiny
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,6 +10,7 @@ from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatche
 from asd_hf.criterion import DetectionCriterion
 from asd_hf.detectors import get_adapter
 from asd_hf.detectors.base import DetectorOutput
+from tests import tiny
 
 VARIANTS = {"plain": {}, "refine": {"with_box_refine": True}, "two_stage": {"two_stage": True}}
 

@@ -14,6 +14,7 @@ from threading import Thread
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+from datasets import Value
 
 from tests.test_data_sources import ROWS, table, write_table
 from tests.tiny_data import NAMES
@@ -129,3 +130,62 @@ answer = source.shard_lengths, source.class_names, stream.groups, stream.batches
 """,
     )
     assert answer == [[11, 12], NAMES, 2, 5, [row["image_id"] for row in ROWS]]
+
+
+def test_only_images_of_the_data_set_itself_are_fetched(hub, tmp_path):
+    """Rows that name their images: inside the repository, in an archive there, and where they must not be read."""
+    stored, features = table("lists", ROWS[:2])
+    features["image"] = {"bytes": Value("binary"), "path": Value("string")}
+    hub.folder.mkdir()
+    (hub.folder / "a.jpg").write_bytes(ROWS[0]["jpeg"])
+    with zipfile.ZipFile(hub.folder / "b.zip", "w") as archive:
+        archive.writestr("b.jpg", ROWS[1]["jpeg"])
+    secret = tmp_path / "hf://datasets/owner/name/secret"
+    secret.parent.mkdir(parents=True)
+    secret.write_text("local")
+    stored[0]["image"] = {"bytes": None, "path": f"hf://datasets/{REPOSITORY}@{COMMIT}/a.jpg"}
+    stored[1]["image"] = {"bytes": None, "path": f"zip://b.jpg::hf://datasets/{REPOSITORY}@{COMMIT}/b.zip"}
+    write_table(hub.folder, "parquet-data", stored, features)
+    server = f"http://127.0.0.1:{hub.server_port}"
+    inside = f"hf://datasets/{REPOSITORY}"
+    bad = [
+        f"{server}/secret?{inside}/a.jpg",
+        f"file://{secret}",
+        str(secret),
+        f"zip://a::{server}/secret?::{inside}/a.zip",
+        f"{server}/secret::{inside}/a.jpg",
+        f"simplecache::{inside}/secret",
+        f"filecache://{inside}/secret::file://{secret}",
+        "hf://datasets/owner/secret/a.jpg",
+        f"{inside}-secret/a.jpg",
+        f"{inside}/../secret/a.jpg",
+        f"{inside}@{COMMIT}/../../../secret/a.jpg",
+        f"zip://b.jpg::hf://owner/secret::{inside}/b.zip",
+        "hf://owner/name/secret",
+        "secret",
+    ]
+    answer = ask(
+        hub,
+        tmp_path,
+        f"""
+import hashlib
+from asd_hf.data.tables import TableReader
+source = open_source("owner/name", "val", DataConfig(box_format="xywh"))
+sums = [hashlib.sha256(row["image"]["bytes"]).hexdigest() for row in read_rows(source.stream)]
+reader = TableReader(
+    source.stream, None, {{}}, corners=False, folder=None, repository="owner/name", name="owner/name"
+)
+errors = []
+for path in {bad}:
+    try:
+        errors.append(str(reader._image({{"bytes": None, "path": path}}, "image 7")))
+    except UserError as error:
+        errors.append(str(error))
+    except Exception as error:
+        errors.append(repr(error))
+answer = sums, errors
+""",
+    )
+    assert answer[0] == [hashlib.sha256(row["jpeg"]).hexdigest() for row in ROWS[:2]]
+    assert answer[1] == [f"image 7 is only named, and {path!r} is not inside the data set" for path in bad]
+    assert not [path for path in hub.requests if "secret" in path]

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-import tiny
 import torch
 import torchvision
 from PIL import Image
@@ -8,6 +7,7 @@ from PIL import Image
 from asd_hf.detectors import ADAPTERS, get_adapter
 from asd_hf.errors import UserError
 from asd_hf.ops import cxcywh_to_xyxy, generalized_iou
+from tests import tiny
 
 VARIANTS = {"plain": {}, "refine": {"with_box_refine": True}, "two_stage": {"two_stage": True}}
 

@@ -2,14 +2,15 @@ import json
 import logging
 
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForObjectDetection, ResNetBackbone, ResNetConfig, ResNetForImageClassification
 
+from asd_hf.commands import run
 from asd_hf.criterion import DetectionCriterion
 from asd_hf.detectors import get_adapter
 from asd_hf.errors import UserError
 from asd_hf.student import (
+    PACKAGED,
     StudentConfig,
     align_classes,
     backbone_stage,
@@ -18,6 +19,7 @@ from asd_hf.student import (
     freeze_backbone,
     load_teacher,
 )
+from tests import tiny
 
 SIZE = {"shortest_edge": 64, "longest_edge": 96}
 CONVNEXT = {"model_type": "convnext", "hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1]}
@@ -356,3 +358,13 @@ def test_classes_that_cannot_be_aligned_are_one_clear_line():
     with pytest.raises(UserError, match="'cat' stands more than once"):
         align_classes(("cat",), ("cat", "Cat"))
     assert align_classes(("cat",), ("N/A", "cat", "N/A")).tolist() == [1]
+
+
+def test_the_packaged_teacher_has_the_ap_that_its_metrics_state(tmp_path):
+    """On the first 100 evaluation images; its whole AP is within the spread of such a part."""
+    folder = PACKAGED["shapes"]
+    stated = json.loads((folder / "metrics.json").read_text())["student"]["AP"]
+    out = tmp_path / "metrics.json"
+    arguments = ["--model", "shapes", "--data", "shapes?num_train=1&num_val=100", "--output", str(out)]
+    assert run("evaluate", [*arguments, "--batch-size", "50"]) == 0
+    assert json.loads(out.read_text())["AP"] == pytest.approx(stated, abs=0.08)

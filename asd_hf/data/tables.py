@@ -36,6 +36,7 @@ NAME_FIELDS = ("category_name", "category_names")
 AREA_FIELDS = ("area", "areas")
 CROWD_FIELDS = ("iscrowd", "iscrowds")
 
+ARCHIVES = ("zip://", "tar://", "gzip://")  # of the Hub's data sets that images are read from
 BOXES_TO_DETECT = 1000
 FOOTERS_AT_A_TIME = 16
 UNKNOWN_LENGTH = 1 << 32  # rows that a shard of unknown length is taken to have, to number rows without image_id
@@ -51,6 +52,7 @@ class Raw:
     fingerprint: str
     annotations: datasets.IterableDataset | None  # the same rows without their images; None where that saves nothing
     folder: Path | None = None
+    repository: str | None = None  # its name on the Hub
     manifest: dict[str, Any] = field(default_factory=dict)
 
 
@@ -68,7 +70,7 @@ def open_table(source: str, split: str, box_format: str | None) -> Source:
     raw = _open_folder(folder, split) if folder.is_dir() else _open_hub(source, split)
     names, ids, known = _classes(raw)
     box_format = box_format or raw.manifest.get("box_format") or _detect_box_format(raw)
-    reader = TableReader(raw.stream, raw.lengths, known, box_format == "xyxy", raw.folder, raw.name)
+    reader = TableReader(raw.stream, raw.lengths, known, box_format == "xyxy", raw.folder, raw.repository, raw.name)
     return Source(
         stream=stream_of(reader, raw.stream.num_shards),
         class_names=names,
@@ -213,7 +215,14 @@ def _open_hub(source: str, split: str) -> Raw:
         )
     if stream.features:
         stream = stream.decode(False)
-    return Raw(name=source, stream=stream, lengths=lengths, fingerprint=fingerprint, annotations=None)
+    return Raw(
+        name=source,
+        stream=stream,
+        lengths=lengths,
+        fingerprint=fingerprint,
+        annotations=None,
+        repository=source,
+    )
 
 
 def _count_rows(url: str) -> int:
@@ -265,6 +274,7 @@ class TableReader:
     known: dict[int | str, int]  # a category as it is stored -> class index
     corners: bool  # boxes are stored as two corners
     folder: Path | None
+    repository: str | None
     name: str
 
     def __call__(self, shard: int) -> Iterator[dict[str, Any]]:
@@ -323,14 +333,29 @@ class TableReader:
             raise UserError(f"{name} has no image: looked in the columns {', '.join(IMAGE_COLUMNS)}")
         if image["bytes"] is not None:
             return {"bytes": image["bytes"], "path": image["path"]}
-        if "hf://" in image["path"] and self.folder is None:  # a file of the Hub, possibly inside an archive
+        if self.repository is not None and _is_in_repository(image["path"], self.repository):
             with fsspec.open(image["path"], "rb") as file:
                 return {"bytes": file.read(), "path": image["path"]}
-        folder = (self.folder or Path()).resolve()
-        path = (folder / image["path"]).resolve()
-        if self.folder is None or not path.is_relative_to(folder):
-            raise UserError(f"{name} is only named, and {image['path']!r} is not inside the data set")
-        return {"bytes": None, "path": str(path)}
+        if self.folder is not None:
+            folder = self.folder.resolve()
+            path = (folder / image["path"]).resolve()
+            if path.is_relative_to(folder):
+                return {"bytes": None, "path": str(path)}
+        raise UserError(f"{name} is only named, and {image['path']!r} is not inside the data set")
+
+
+def _is_in_repository(url: str, repository: str) -> bool:
+    """Whether `url` names a file of a data set on the Hub, possibly inside archives that lie there.
+
+    The rows are written by others: any other chain of fsspec's could read local files or ask any server.
+    """
+    *archives, file = url.split("::")
+    roots = (f"hf://datasets/{repository}@", f"hf://datasets/{repository}/")
+    return (
+        file.startswith(roots)
+        and ".." not in file.split("/")
+        and all(archive.startswith(ARCHIVES) for archive in archives)
+    )
 
 
 def _flat(stored: dict[str, Any]) -> dict[str, Any]:
