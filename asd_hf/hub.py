@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -40,7 +41,7 @@ for found in detect("http://images.cocodataset.org/val2017/000000039769.jpg", th
 {results}
 ## Training
 
-The resolved configuration repeats the run.
+The resolved configuration repeats the run; local paths are given by their last part.
 
 ```yaml
 {config}
@@ -74,7 +75,7 @@ def write_model_card(
         metrics: by model name, as for `format_table`; "student" is the model of this card.
         protocol: what `CocoEvaluator.protocol` gave for these numbers. None before the first evaluation.
         dataset: "name", and "id" if the data set is on the Hub.
-        config_yaml: the resolved configuration.
+        config_yaml: the resolved configuration; the card has it without local paths.
         license: an identifier of the Hub's list.
     """
     numbers = {key: value for key, value in metrics.get("student", {}).items() if key in STATS and value >= 0}
@@ -117,7 +118,7 @@ def write_model_card(
             summary=summary + ".",
             model_id=model_id,
             results=_results(metrics, protocol),
-            config=config_yaml.strip(),
+            config=public_config(config_yaml).strip(),
             citation=f"\n## Citation\n\n```bibtex\n{method_paper['bibtex'].strip()}\n```\n" if method_paper else "",
         )
     )
@@ -151,9 +152,22 @@ def call_hub(call: Callable[[], T], advice: str, attempts: int = 4, wait: float 
             time.sleep(wait * 2 ** (attempt - 1))
 
 
-def _public(name: str) -> str:
-    """A Hub id as it is, of a folder the last part: the paths of the author's machine are nobody's business."""
-    return Path(name).resolve().name if Path(name).exists() else name
+def public_config(config_yaml: str) -> str:
+    """The configuration with the last part of each local path in its place: the author's folders are private.
+
+    A path is a string that begins with `/`, `~` or `.`, or names what exists.
+    """
+    return yaml.safe_dump(_public(yaml.safe_load(config_yaml)), sort_keys=False, width=110)
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _public(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    if isinstance(value, str) and (value.startswith(("/", "~", ".")) or os.path.exists(value)):
+        return Path(value).name or value  # `/` and `.` have no name, and tell nothing
+    return value
 
 
 def _results(metrics: dict[str, dict[str, float]], protocol: dict | None) -> str:

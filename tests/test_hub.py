@@ -15,8 +15,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import DeformableDetrImageProcessor
 
+from asd_hf.config import build_config
 from asd_hf.errors import UserError
-from asd_hf.hub import call_hub, write_model_card
+from asd_hf.hub import call_hub, public_config, write_model_card
 from tests.hub_server import TOKEN, HubServer
 from tests.tiny import deformable_detr
 
@@ -37,7 +38,7 @@ def card(folder: Path, **changes) -> ModelCard:
         "metrics": {"teacher": {"parameters": 4e7, "AP": 0.4567}, "student": STUDENT},
         "protocol": protocol,
         "dataset": {"id": "org/coco", "name": "COCO: 2017"},
-        "config_yaml": "method:\n  name: asd  # {kept}\n",
+        "config_yaml": "method:\n  name: asd {kept}\n",
         "license": "apache-2.0",
     }
     write_model_card(folder, **arguments | changes)
@@ -71,7 +72,7 @@ def test_card_text(tmp_path):
     assert "| student | 4.1 | 31.2 | 50.0 | - | - | - | - | 12.3 |" in text
     assert "| teacher | 40.0 | 45.7 |" in text
     assert "[org/teacher](https://huggingface.co/org/teacher)" in text and "*A Method* (arXiv:0000.00000)" in text
-    assert "name: asd  # {kept}" in text and PAPER["bibtex"] in text and "num_images: 5000" in text
+    assert "name: asd {kept}" in text and PAPER["bibtex"] in text and "num_images: 5000" in text
     assert str(tmp_path) not in text  # no path of the author's machine
 
 
@@ -96,6 +97,46 @@ def test_teacher_in_a_folder_is_named_without_its_path(tmp_path):
     (tmp_path / "big").mkdir()
     text = card(tmp_path, teacher_info={"id": str(tmp_path / "big")}).text
     assert "under the teacher big with" in text and str(tmp_path) not in text
+
+
+def test_card_and_configuration_tell_no_path_of_the_author(tmp_path, monkeypatch):
+    work = tmp_path / "someone" / "work"
+    (work / "runs" / "r50").mkdir(parents=True)
+    (work / "coco").mkdir()
+    monkeypatch.chdir(work)
+    run = build_config(
+        {
+            "model": {
+                "teacher": "runs/r50",  # exists: no Hub id
+                "student": {"base": "org/start", "backbone": "../someone/nets/r18", "config": {"paths": ["~/me/a"]}},
+            },
+            "data": {"source": str(work / "coco"), "train_split": "train"},
+            "method": {"name": "asd", "temperature": 2.0},
+            "training": {
+                "output_dir": str(tmp_path / "someone" / "out"),  # need not exist
+                "learning_rate": 1e-5,
+                "hub_model_id": "me/student",
+                "include_for_metrics": ["/home/someone/x"],
+            },
+        }
+    )
+    resolved = run.to_yaml()
+    assert "someone" in resolved and "runs/r50" in resolved and "~/me" in resolved
+    public = public_config(resolved)
+    text = card(work, config_yaml=resolved).content
+    assert public.strip() in text
+    assert not any(private in text for private in ("someone", str(tmp_path), "runs/", "~", ".."))
+    expected, sections = yaml.safe_load(resolved), yaml.safe_load(public)
+    expected["model"] |= {"teacher": "r50"}
+    expected["model"]["student"] |= {"backbone": "r18", "config": {"paths": ["a"]}}
+    expected["data"] |= {"source": "coco"}
+    expected["training"] |= {"output_dir": "out", "include_for_metrics": ["x"]}
+    assert sections == expected and list(sections) == list(expected)  # Hub ids, numbers and order are kept
+
+
+@pytest.mark.parametrize("value", ["/", ".", "~", "..", "x" * 5000, "a\0b", "1e-4", "true", ""])
+def test_odd_strings_of_a_configuration_stay(value):
+    assert yaml.safe_load(public_config(yaml.safe_dump({"key": value}))) == {"key": value}
 
 
 CHILD = """
