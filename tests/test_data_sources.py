@@ -364,6 +364,31 @@ def test_box_format_that_is_not_proven_must_be_stated(tmp_path):
         open_source(path, "val")
 
 
+@pytest.mark.parametrize("stated", [None, "xywh", "xyxy", "manifest"])
+def test_relative_boxes_are_an_error(tmp_path, stated):
+    boxes = [[0.3, 0.3, 0.2, 0.2], [0.0, 0.0, 0.0, 0.0], [0.5, 0.25, 0.5, 1.002]]
+    same = {"category": [1] * 3, "area": [1.0] * 3, "iscrowd": [0] * 3}
+    rows = [{**row, "bbox": boxes, **same} for row in ROWS[:4]]
+    rows.insert(0, {**ROWS[0], "bbox": [], "category": [], "area": [], "iscrowd": []})
+    config = DataConfig(box_format=None if stated == "manifest" else stated)
+    for layout, size in (("parquet", True), ("saved", True), ("parquet-data", False)):
+        path = write_table(tmp_path / layout, layout, *table("lists", rows, size=size))
+        if stated == "manifest" and layout != "saved":
+            text = json.dumps({"class_names": NAMES, "box_format": "xywh"})
+            (Path(path) / "manifest_val.json").write_text(text)
+        with pytest.raises(UserError, match=r"look relative.*\[0.3, 0.3, 0.2, 0.2\] of image 100\): absolute pixels"):
+            open_source(path, "val", config)
+
+
+def test_boxes_of_a_few_pixels_are_not_relative(tmp_path):
+    rows = [{**row, "bbox": [[1.0, 1.0, 1.0, 1.0]], "category": [1], "area": [1.0]} for row in ROWS[:2]]
+    rows = [{**row, "iscrowd": [0]} for row in rows]
+    rows[1]["bbox"] = [[0.0, 1.0, 1.0, 3.0]]
+    path = write_table(tmp_path / "t", "parquet", *table("lists", rows))
+    found = read(open_source(path, "val", DataConfig(box_format="xywh")))
+    assert [row["objects"]["bbox"] for row in found] == [row["bbox"] for row in rows]
+
+
 def test_a_stated_format_that_does_not_fit_is_an_error(tmp_path):
     path = write_table(tmp_path / "t", "parquet", *table("lists"))
     with pytest.raises(UserError, match=r"image \d+: box \d+ is .*as xyxy its size is negative; see data.box_format"):
@@ -449,7 +474,7 @@ def test_a_repository_read_as_on_the_hub(tmp_path, monkeypatch):
     from asd_hf.data import tables
 
     raw = tables._open_hub("owner/name", "val")
-    assert tables._detect_box_format(raw) == "xyxy"
+    assert tables._box_format(raw, None) == "xyxy"
     assert raw.lengths == [11, 12]
     monkeypatch.setattr(tables, "_open_folder", lambda folder, split: raw)
     same(read(open_source("owner/name", "val")), expected(), tolerance=1e-9)

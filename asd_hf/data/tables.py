@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -38,6 +38,7 @@ CROWD_FIELDS = ("iscrowd", "iscrowds")
 
 ARCHIVES = ("zip://", "tar://", "gzip://")  # of the Hub's data sets that images are read from
 BOXES_TO_DETECT = 1000
+MAX_RELATIVE = 2  # first boxes without a larger number are not in pixels; relative ones may reach a little beyond 1
 FOOTERS_AT_A_TIME = 16
 UNKNOWN_LENGTH = 1 << 32  # rows that a shard of unknown length is taken to have, to number rows without image_id
 
@@ -64,12 +65,13 @@ def open_table(source: str, split: str, box_format: str | None) -> Source:
     `image_id` are numbered in their order.
 
     Raises:
-        UserError: the source, the split, class names or box format are not to be found, or do not fit the rows.
+        UserError: the source, the split, class names or box format are not to be found, or do not fit the rows; or
+            the first boxes are relative to their images.
     """
     folder = Path(source).expanduser()
     raw = _open_folder(folder, split) if folder.is_dir() else _open_hub(source, split)
     names, ids, known = _classes(raw)
-    box_format = box_format or raw.manifest.get("box_format") or _detect_box_format(raw)
+    box_format = _box_format(raw, box_format or raw.manifest.get("box_format"))
     reader = TableReader(raw.stream, raw.lengths, known, box_format == "xyxy", raw.folder, raw.repository, raw.name)
     return Source(
         stream=stream_of(reader, raw.stream.num_shards),
@@ -293,7 +295,7 @@ class TableReader:
         objects = _objects(stored, name)
         boxes = objects.pop("bbox")
         for index, box in enumerate(boxes):
-            if box is None or len(box) != 4 or not all(v is not None and math.isfinite(v) for v in box):
+            if not _is_box(box):
                 raise UserError(f"{name}: box {index} is {box}: it must be four finite numbers")
             x, y, w, h = map(float, box)
             w, h = (w - x, h - y) if self.corners else (w, h)
@@ -356,6 +358,10 @@ def _is_in_repository(url: str, repository: str) -> bool:
         and ".." not in file.split("/")
         and all(archive.startswith(ARCHIVES) for archive in archives)
     )
+
+
+def _is_box(box: list[float | None] | None) -> bool:
+    return box is not None and len(box) == 4 and all(v is not None and math.isfinite(v) for v in box)
 
 
 def _flat(stored: dict[str, Any]) -> dict[str, Any]:
@@ -445,32 +451,57 @@ def _scan_names(raw: Raw) -> dict[int | str, str]:
     return found
 
 
-def _detect_box_format(raw: Raw) -> str:
-    """The box format that the first boxes leave possible: xyxy where no corner is before the other, xywh where no box
-    reaches more than a pixel beyond its image.
-    """
-    possible = {"xywh": None, "xyxy": None}  # format -> the box that excludes it
+def _box_format(raw: Raw, stated: str | None) -> str:
+    """The stated box format, or the one that the first boxes prove; both must be in pixels."""
+    boxes = _first_boxes(raw)
+    if stated is None:
+        boxes = list(boxes)
+    _check_pixels(raw.name, boxes)  # reads no further than to the first box that is in pixels
+    return stated or _detect_box_format(raw.name, boxes)
+
+
+def _first_boxes(raw: Raw) -> Iterator[tuple[list[float], int, tuple[float, float]]]:
+    """(box as it is stored, image id, (width, height) of the image) of the first boxes."""
     count = 0
     for number, stored in enumerate(read_rows(raw.stream)):
         stored = _flat(stored)
         image_id = stored.get("image_id", number)
         boxes = _objects(stored, f"{raw.name}: image {image_id}")["bbox"]
-        width, height = _size(stored) if boxes else (0, 0)
-        for a, b, c, d in (box for box in boxes if box is not None and len(box) == 4):
-            if possible["xyxy"] is None and (c < a or d < b):
-                possible["xyxy"] = f"box {[a, b, c, d]} of image {image_id} has its corners in the wrong order"
-            if possible["xywh"] is None and (a + c > width + 1 or b + d > height + 1):
-                possible["xywh"] = f"box {[a, b, c, d]} of image {image_id} would reach beyond {width}x{height} pixels"
+        size = _size(stored) if boxes else (0, 0)
+        yield from ((box, image_id, size) for box in boxes if _is_box(box))
         count += len(boxes)
         if count >= BOXES_TO_DETECT:
-            break
-    left = [name for name, reason in possible.items() if reason is None]
+            return
+
+
+def _check_pixels(name: str, boxes: Iterable[tuple[list[float], int, tuple[float, float]]]) -> None:
+    relative = None
+    for box, image_id, size in boxes:
+        if max(*box, 0) > MAX_RELATIVE or min(size) <= MAX_RELATIVE:
+            return
+        if relative is None and max(box) > 0:
+            relative = f"{box} of image {image_id}"
+    if relative is not None:
+        raise UserError(f"{name}: its boxes look relative, in [0, 1] (box {relative}): absolute pixels are needed")
+
+
+def _detect_box_format(name: str, boxes: list[tuple[list[float], int, tuple[float, float]]]) -> str:
+    """The box format that the boxes leave possible: xyxy where no corner is before the other, xywh where no box
+    reaches more than a pixel beyond its image.
+    """
+    possible = {"xywh": None, "xyxy": None}  # format -> the box that excludes it
+    for (a, b, c, d), image_id, (width, height) in boxes:
+        if possible["xyxy"] is None and (c < a or d < b):
+            possible["xyxy"] = f"box {[a, b, c, d]} of image {image_id} has its corners in the wrong order"
+        if possible["xywh"] is None and (a + c > width + 1 or b + d > height + 1):
+            possible["xywh"] = f"box {[a, b, c, d]} of image {image_id} would reach beyond {width}x{height} pixels"
+    left = [form for form, reason in possible.items() if reason is None]
     if len(left) == 1:
-        other = next(name for name in possible if name != left[0])
-        logger.info("%s: boxes are %s: as %s, %s", raw.name, left[0], other, possible[other])
+        other = next(form for form in possible if form != left[0])
+        logger.info("%s: boxes are %s: as %s, %s", name, left[0], other, possible[other])
         return left[0]
     why = "both fit" if left else f"neither fits ({'; '.join(possible.values())})"
-    raise UserError(f"{raw.name}: xywh or xyxy boxes? Of the first {count} boxes {why}: set data.box_format")
+    raise UserError(f"{name}: xywh or xyxy boxes? Of the first {len(boxes)} boxes {why}: set data.box_format")
 
 
 def _size(stored: dict[str, Any]) -> tuple[float, float]:
