@@ -8,10 +8,12 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 
+from asd_hf.commands import shard as shard_command
 from asd_hf.data import open_source, shard_dataset
 from asd_hf.data import shard as shard_module
 from asd_hf.data.rows import read_rows
 from asd_hf.errors import UserError
+from tests.test_data_sources import table, write_table
 from tests.tiny_data import IDS, NAMES, tiny_rows, write_coco
 
 
@@ -157,6 +159,21 @@ def test_a_folder_of_other_data_is_left_alone(tmp_path, source):
 def test_the_default_number_of_shards(tmp_path, source):
     assert len(shard_dataset(source, "train", tmp_path / "a", rows_per_shard=8, progress=False)["shards"]) == 3
     assert len(shard_dataset(source, "train", tmp_path / "b", rows_per_shard=2, progress=False)["shards"]) == 16
+
+
+def test_the_command_takes_the_box_format(tmp_path):
+    rows = [{**row, "bbox": [[5.0, 6.0, 20.0, 25.0]], "category": [1]} for row in tiny_rows(4)]
+    path = write_table(tmp_path / "in", "parquet", *table("lists", rows, extras=False))
+    arguments = ["--data", path, "--split", "val", "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="set data.box_format"):
+        shard_command.main(arguments)
+    shard_command.main([*arguments, "--num-shards", "2", "data.box_format=xyxy"])
+    found = read_rows(open_source(str(tmp_path / "out"), "val").stream)
+    assert [row["objects"]["bbox"] for row in found] == [[[5.0, 6.0, 15.0, 19.0]]] * 4
+    with pytest.raises(UserError, match="'data.resize=fixed': only data.box_format"):
+        shard_command.main([*arguments, "data.resize=fixed"])
+    with pytest.raises(UserError, match="data.box_format is 'yxyx'"):
+        shard_command.main([*arguments, "data.box_format=yxyx"])
 
 
 def test_a_missing_image_is_named(tmp_path, source):

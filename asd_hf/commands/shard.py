@@ -3,7 +3,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..data import open_source, shard_dataset
+from ..config import parse_overrides
+from ..data import DataConfig, open_source, shard_dataset
+from ..errors import UserError
 
 
 def main(argv: list[str]) -> None:
@@ -15,5 +17,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--num-shards", type=int, metavar="N", help="default: by rows; best a multiple of ranks x loader workers"
     )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="data.key=value", help="of the data section: data.box_format=xywh or =xyxy"
+    )
     args = parser.parse_args(argv)
-    shard_dataset(open_source(args.data, args.split), args.split, args.output, args.num_shards)
+    for item in args.overrides:  # nothing else concerns the rows as they are stored
+        if not item.startswith("data.box_format="):
+            raise UserError(f"{item!r}: only data.box_format=xywh or data.box_format=xyxy applies to shards")
+    config = parse_overrides(DataConfig, {}, "data", args.overrides)
+    shard_dataset(open_source(args.data, args.split, config), args.split, args.output, args.num_shards)
