@@ -211,9 +211,14 @@ def on_rank(rank: int, folder: str, answers) -> None:
     evaluator = CocoEvaluator([str(c) for c in range(7)])
     fill(evaluator, [*images, 1][rank::2], images)  # 21 images on two ranks: one comes again, as samplers do it
     numbers, again = evaluator.compute(), evaluator.compute()
+    kept = evaluator.num_images, len(evaluator.images), len(evaluator._added)
+    two_images = CocoEvaluator([str(c) for c in range(7)])
+    fill(two_images, [1], {1: images[1 + rank]})  # one id, another image on each rank
+    with pytest.raises(UserError, match="image id 1 names two different images"):
+        two_images.compute()
     metric = CocoMetric(cache_dir=folder, num_process=2, process_id=rank, experiment_id="two")
     metric.add_batch(predictions=predictions[rank::2], references=references[rank::2])
-    answers[rank] = numbers, again, evaluator.predictions(), metric.compute()
+    answers[rank] = numbers, again, kept, evaluator.predictions(), metric.compute()
     dist.destroy_process_group()
 
 
@@ -222,14 +227,16 @@ def test_two_ranks_are_one(tmp_path):
     evaluator = CocoEvaluator([str(c) for c in range(7)])
     fill(evaluator, list(images), images)
     expected = evaluator.compute()
+    assert evaluator.num_images == 21 and len(evaluator.predictions()) == 21 * 30
     with mp.Manager() as manager:
         answers = manager.dict()
         mp.spawn(on_rank, (str(tmp_path), answers), nprocs=2)
         answers = dict(answers)
     for rank in range(2):
-        numbers, again, predictions, from_metric = answers[rank]
+        numbers, again, kept, predictions, from_metric = answers[rank]
         assert numbers == again == expected
-        assert predictions == evaluator.predictions() and len(predictions) == 21 * 30
+        assert kept == (21, 21 if rank == 0 else 0, 0)
+        assert predictions == (evaluator.predictions() if rank == 0 else [])
         assert from_metric == ({name: expected[name] for name in STATS} if rank == 0 else None)
 
 

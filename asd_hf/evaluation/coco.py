@@ -35,15 +35,21 @@ class CocoEvaluator:
     """Collects predictions and ground truth by image id, on any number of ranks, and scores them.
 
     It keeps the rows that it is given and nothing else: K * 48 bytes an image, where K is `postprocess`'s top_k.
+    `gather` moves them to rank 0.
 
     Args:
         class_names: name of each class index.
         category_ids: the data's own category id of each class index, for result files; 1 to C by default.
+
+    Attributes:
+        num_images: different images gathered so far from all ranks; the same on every rank.
+        images: the gathered images by id, on rank 0; empty on the others.
     """
 
     def __init__(self, class_names: Sequence[str], category_ids: Sequence[int] | None = None) -> None:
         self.class_names = list(class_names)
         self.category_ids = list(category_ids) if category_ids is not None else list(range(1, len(class_names) + 1))
+        self.num_images = 0
         self.images: dict[int, ImageResult] = {}
         self._added: list[tuple[int, ImageResult]] = []  # on this rank, since the last `gather`
 
@@ -76,17 +82,29 @@ class CocoEvaluator:
         self._added.extend(zip(ids, results, strict=True))
 
     def gather(self) -> None:
-        """Brings the images of all ranks to every rank. Collective: all ranks must call it.
+        """Brings the images of all ranks to rank 0, and their number to all. Collective: all ranks must call it.
 
         Raises:
-            UserError: one image id names two different images.
+            UserError: one image id names two different images; on every rank.
         """
+        is_distributed, rank = _world()
         parts = [self._added]
-        if dist.is_available() and dist.is_initialized():
-            parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, self._added)
+        if is_distributed:
+            parts = [None] * dist.get_world_size() if rank == 0 else None
+            dist.gather_object(self._added, parts)
         self._added = []
-        merge(self.images, chain.from_iterable(parts))
+        outcome: list[int | UserError] = [0]
+        if rank == 0:
+            try:
+                merge(self.images, chain.from_iterable(parts))
+                outcome = [len(self.images)]
+            except UserError as error:  # the other ranks wait: they must hear of it
+                outcome = [error]
+        if is_distributed:
+            dist.broadcast_object_list(outcome)
+        if isinstance(outcome[0], UserError):
+            raise outcome[0]
+        self.num_images = outcome[0]
 
     def compute(self) -> dict[str, float | dict[str, float]]:
         """Scores all images of all ranks. Collective: all ranks must call it, and all get the answer.
@@ -99,11 +117,11 @@ class CocoEvaluator:
             UserError: there is no image, or one image id names two different images.
         """
         self.gather()
-        if not self.images:
+        if not self.num_images:
             raise UserError("the evaluation split has no image")
         answer = [None]
-        is_distributed = dist.is_available() and dist.is_initialized()
-        if not is_distributed or dist.get_rank() == 0:
+        is_distributed, rank = _world()
+        if rank == 0:
             stats, per_class = score(self.images, len(self.class_names))
             answer = [{**stats, "per_class": dict(zip(self.class_names, per_class, strict=True))}]
         if is_distributed:
@@ -111,7 +129,7 @@ class CocoEvaluator:
         return answer[0]
 
     def predictions(self) -> list[dict]:
-        """All gathered predictions in COCO's result format, unrounded, by image id."""
+        """All gathered predictions in COCO's result format, unrounded, by image id. On rank 0; others have none."""
         return [
             {
                 "image_id": image_id,
@@ -126,6 +144,8 @@ class CocoEvaluator:
     def protocol(self, *, resolution: dict, top_k: int, source: str, split: str) -> dict:
         """How the numbers were made, to be stored beside them: numbers of unequal protocols cannot be compared.
 
+        For rank 0: the others do not have the images.
+
         Args:
             resolution: the image processor's `size`.
             top_k: what `postprocess` was given.
@@ -139,7 +159,7 @@ class CocoEvaluator:
         return {
             "source": source,
             "split": split,
-            "num_images": len(self.images),
+            "num_images": self.num_images,
             "fingerprint": digest.hexdigest()[:16],  # of image ids, sizes and ground truth
             "resolution": dict(resolution),
             "top_k": top_k,
@@ -147,6 +167,12 @@ class CocoEvaluator:
             "score_threshold": 0.0,
             "backend": f"faster-coco-eval {faster_coco_eval.__version__}",
         }
+
+
+def _world() -> tuple[bool, int]:
+    """Whether there are several ranks, and this one's."""
+    is_distributed = dist.is_available() and dist.is_initialized()
+    return is_distributed, dist.get_rank() if is_distributed else 0
 
 
 def merge(images: dict[int, ImageResult], results: Iterable[tuple[int, ImageResult]]) -> None:
