@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import ast
+import configparser
+import importlib.metadata
 import io
 import json
 import multiprocessing
+import re
+import sys
 import tarfile
 import threading
 from pathlib import Path
@@ -509,3 +514,23 @@ def test_rows_whose_objects_are_null_are_images_without_objects(tmp_path):
         write_table(tmp_path / "t", "parquet", stored, features), "val", DataConfig(box_format="xywh")
     )
     same(read(source), expected())
+
+
+def test_every_package_that_is_imported_is_declared():
+    root = Path(__file__).parents[1]
+    setup = configparser.ConfigParser()
+    setup.read(root / "setup.cfg")
+    required = setup["options"]["install_requires"].split()
+    declared = {re.split("[<>=,]", name)[0].replace("_", "-").lower() for name in required}
+    imported = set()
+    for file in (root / "asd_hf").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.partition(".")[0])
+    owners = importlib.metadata.packages_distributions()
+    others = imported - {"asd_hf", *sys.stdlib_module_names}
+    assert len(others) > 10
+    missing = {n for n in others if not {o.replace("_", "-").lower() for o in owners[n]} & declared}
+    assert not missing
