@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
 
 from .errors import UserError
 from .evaluation.coco import STATS, table_rows
+from .student import PACKAGED
 
 T = TypeVar("T")
 
@@ -70,16 +72,18 @@ def write_model_card(
         student_info: "architecture", the Transformers class; "weights_from", the Hub ids or folders of the models that
             gave it its first weights, the teacher among them if it gave any. They become `base_model`, as a fine-tune:
             the Hub has no relation for distillation, and a teacher that gave no weights is not what was tuned.
-        teacher_info: "id", the teacher's Hub id or folder. None for training without a teacher.
+        teacher_info: "id", the teacher's Hub id, folder or name among `student.PACKAGED`. None for training without a
+            teacher.
         method_paper: title, id and bibtex, as `DistillationMethod.paper` has them; may be empty.
         metrics: by model name, as for `format_table`; "student" is the model of this card.
         protocol: what `CocoEvaluator.protocol` gave for these numbers. None before the first evaluation.
-        dataset: "name", and "id" if the data set is on the Hub.
+        dataset: "name", and "id" if the data set is on the Hub; one that `is_hub_id` denies is left out.
         config_yaml: the resolved configuration; the card has it without local paths.
         license: an identifier of the Hub's list.
     """
     numbers = {key: value for key, value in metrics.get("student", {}).items() if key in STATS and value >= 0}
-    base_models = [name for name in student_info["weights_from"] if not Path(name).exists()]
+    base_models = [name for name in student_info["weights_from"] if is_hub_id(name)]
+    dataset_id = dataset.get("id") if is_hub_id(dataset.get("id") or "") else None
     metadata = ModelCardData(
         license=license,
         library_name="transformers",
@@ -87,13 +91,13 @@ def write_model_card(
         tags=["object-detection", "asd_hf", *(["knowledge-distillation"] if teacher_info else [])],
         base_model=base_models or None,
         base_model_relation="finetune" if base_models else None,
-        datasets=[dataset["id"]] if dataset.get("id") else None,
+        datasets=[dataset_id] if dataset_id else None,
         metrics=["mean_average_precision"],
         model_name=model_id.split("/")[-1],
         eval_results=[
             EvalResult(
                 task_type="object-detection",
-                dataset_type=dataset.get("id") or dataset["name"],
+                dataset_type=dataset_id or dataset["name"],
                 dataset_name=dataset["name"],
                 dataset_split=protocol["split"],
                 metric_type="mean_average_precision" if key.startswith("AP") else "mean_average_recall",
@@ -106,9 +110,7 @@ def write_model_card(
     )
     summary = f"`{student_info['architecture']}`, trained on {dataset['name']}"
     if teacher_info:
-        teacher = teacher_info["id"]
-        on_hub = f"[{teacher}](https://huggingface.co/{teacher})"
-        summary += f" under the teacher {_public(teacher) if Path(teacher).exists() else on_hub}"
+        summary += f" under {_teacher(teacher_info['id'])}"
     if method_paper:
         summary += f" with the method of *{method_paper['title']}* ({method_paper['id']})"
     card = ModelCard(
@@ -152,6 +154,15 @@ def call_hub(call: Callable[[], T], advice: str, attempts: int = 4, wait: float 
             time.sleep(wait * 2 ** (attempt - 1))
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether `name` is an `owner/name` of the Hub: no existing folder, and nothing that the Hub would refuse."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not Path(name).is_dir()
+
+
 def public_config(config_yaml: str) -> str:
     """The configuration with the last part of each local path in its place: the author's folders are private.
 
@@ -168,6 +179,14 @@ def _public(value: Any) -> Any:
     if isinstance(value, str) and (value.startswith(("/", "~", ".")) or os.path.exists(value)):
         return Path(value).name or value  # `/` and `.` have no name, and tell nothing
     return value
+
+
+def _teacher(name: str) -> str:
+    if name in PACKAGED:
+        return f"the packaged teacher `{name}`"
+    if is_hub_id(name):
+        return f"the teacher [{name}](https://huggingface.co/{name})"
+    return f"the teacher {_public(name)}"
 
 
 def _results(metrics: dict[str, dict[str, float]], protocol: dict | None) -> str:

@@ -17,7 +17,7 @@ from transformers import DeformableDetrImageProcessor
 
 from asd_hf.config import build_config
 from asd_hf.errors import UserError
-from asd_hf.hub import call_hub, public_config, write_model_card
+from asd_hf.hub import call_hub, is_hub_id, public_config, write_model_card
 from tests.hub_server import TOKEN, HubServer
 from tests.tiny import deformable_detr
 
@@ -97,6 +97,38 @@ def test_teacher_in_a_folder_is_named_without_its_path(tmp_path):
     (tmp_path / "big").mkdir()
     text = card(tmp_path, teacher_info={"id": str(tmp_path / "big")}).text
     assert "under the teacher big with" in text and str(tmp_path) not in text
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["elsewhere", "beside a folder of that name"])
+def test_packaged_teacher_is_no_model_of_the_hub(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    if folder:
+        (tmp_path / "shapes").mkdir()
+    info = {"architecture": "DeformableDetrForObjectDetection", "weights_from": ["shapes"]}
+    written = card(tmp_path, teacher_info={"id": "shapes"}, student_info=info)
+    assert "under the packaged teacher `shapes` with" in written.text
+    assert "huggingface.co" not in written.text and written.data.base_model is None
+
+
+@pytest.mark.parametrize("name", ["shapes", "gone", "./gone", "../gone", "/gone/r50", "~/gone", "a/b/c", "org/here"])
+def test_what_is_no_hub_id_is_neither_linked_nor_in_the_metadata(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "here").mkdir(parents=True)
+    info = {"architecture": "DeformableDetrForObjectDetection", "weights_from": [name, "org/start"]}
+    written = card(tmp_path, teacher_info={"id": name}, student_info=info, dataset={"name": "COCO", "id": name})
+    assert {result.dataset_type for result in written.data.eval_results} == {"COCO"}
+    assert "huggingface.co" not in written.text
+    assert written.data.base_model == ["org/start"] and written.data.datasets is None
+
+
+def test_hub_id_is_an_owner_and_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("owner/name", "SenseTime/deformable-detr", "a_b/c.d-2"):
+        assert is_hub_id(name), name
+    for name in ("", "name", "a/b/c", "owner/", "/name", "./name", "../name", "~/name", "~me/name", "a/b c", "a/b?c"):
+        assert not is_hub_id(name), name
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert not is_hub_id("owner/name")
 
 
 def test_card_and_configuration_tell_no_path_of_the_author(tmp_path, monkeypatch):
