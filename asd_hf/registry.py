@@ -11,6 +11,8 @@ from .errors import UserError
 
 def nearest(name: str, valid: Collection[str]) -> str:
     """The end of an error line about an unknown `name`: the nearest valid one, or all of them when none is near."""
+    if not valid:
+        return "there are none here"
     if close := get_close_matches(name, valid, n=1):
         return f"did you mean {close[0]!r}?"
     return f"choose one of {', '.join(sorted(valid))}"

@@ -24,7 +24,7 @@ from .distiller import Distiller, DistillerOutput
 from .ema import EMACallback
 from .errors import UserError
 from .evaluation import STATS, evaluate_detector
-from .hub import write_model_card
+from .hub import public_config, write_model_card
 from .methods import DistillationMethod
 from .student import align_classes
 
@@ -314,6 +314,16 @@ class DistillationTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def push_to_hub(self, *args, **kwargs):
+        """Trainer's own, with the configuration that is pushed freed of the paths of this machine."""
+        private, self.run_config = self.run_config, self.run_config and public_config(self.run_config)
+        try:
+            return super().push_to_hub(*args, **kwargs)  # saves the model again, and the configuration with it
+        finally:
+            self.run_config = private
+            if private is not None and self.is_world_process_zero():
+                (Path(self.args.output_dir) / RUN_CONFIG).write_text(private, encoding="utf-8")
 
     def create_model_card(self, **kwargs) -> None:
         if self.is_world_process_zero() and self.card is not None:

@@ -160,7 +160,7 @@ def test_evaluate_gives_the_numbers_of_the_training_run(trained, world, tmp_path
         (["data.source=/nowhere/at/all"], "/nowhere/at/all"),
         (["data.train_split=trian"], "trian"),
         (["model.teacher=/nowhere/teacher"], "folder /nowhere/teacher does not exist"),
-        (["method.name=none"], "a teacher needs a method"),
+        (["method.name=none"], "method.hidden_dim is unknown: there are none here"),
         (["model.teacher=null", "model.student.base=deformable_detr"], "needs a teacher: set model.teacher"),
     ],
 )
@@ -211,6 +211,8 @@ def test_push_to_hub(world, tmp_path):
         )
         assert not [name for name in repository.files if name.startswith(("_", "checkpoint")) or name.endswith(".bin")]
         card = repository.files["README.md"].decode()
+        assert str(world) not in card + repository.files["asd_hf.yaml"].decode()
+        assert str(world) in (tmp_path / "asd_hf.yaml").read_text()  # here it must run again
         assert "model-index" in card and "AP50" in card and 'model="user/small"' in card
         load = "from transformers import AutoModelForObjectDetection as M; model = M.from_pretrained('user/small')"
         parameters = json.loads((tmp_path / "metrics.json").read_text())["student"]["parameters"]

@@ -16,7 +16,7 @@ from ..detectors import get_adapter
 from ..detectors.base import DetectorAdapter
 from ..errors import UserError
 from ..evaluation import TOP_K, format_table, milliseconds_per_image
-from ..hub import call_hub
+from ..hub import call_hub, is_hub_id
 from ..student import StudentConfig, align_classes, build_student, find_classes, load_teacher
 from ..trainer import DistillationTrainer
 
@@ -189,7 +189,6 @@ def _final_metrics(
 def _card(run: RunConfig, trainer: DistillationTrainer, student: DetectorAdapter, metrics: dict) -> dict:
     """What `write_model_card` wants to know."""
     chosen, source = run.model.student, run.data.source
-    on_hub = "/" in source and not Path(source).expanduser().exists()
     chosen = StudentConfig(checkpoint=chosen) if isinstance(chosen, str) else chosen
     weights_from = [chosen.checkpoint, run.model.teacher if chosen.copy_weights else None]
     return {
@@ -202,6 +201,6 @@ def _card(run: RunConfig, trainer: DistillationTrainer, student: DetectorAdapter
         "method_paper": {} if run.method_class is None else run.method_class.paper,
         "metrics": {k: v for k, v in metrics.items() if k != "protocol"},
         "protocol": metrics["protocol"],
-        "dataset": {"name": Path(source).name, "id": source if on_hub else None},
+        "dataset": {"name": Path(source).name, "id": source if is_hub_id(source) else None},
         "config_yaml": run.to_yaml(),
     }
