@@ -67,7 +67,6 @@ class Handler(BaseHTTPRequestHandler):
         if asked := self.headers.get("Range"):
             first, _, last = asked.removeprefix("bytes=").partition("-")
             content = content[int(first) : int(last) + 1 if last else None]
-        self.server.sent += len(content) * (self.command == "GET")
         return self.send(206 if asked else 200, content, **headers)
 
     def send_tree(self, name: str, recursive: bool) -> None:
@@ -87,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.folder, server.requests, server.sent = tmp_path / "repository", [], 0
+    server.folder, server.requests = tmp_path / "repository", []
     Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
