@@ -128,7 +128,7 @@ def build_student(
         names = teacher.spec.class_names if config.copy_weights else tuple(class_names)
         architecture = _architecture(config, teacher_model, names)
         model = _new_model(architecture)
-        student = get_adapter(model, _new_processor(architecture.model_type, teacher_processor, size))
+        student = get_adapter(model, _new_processor(config, architecture.model_type, teacher_processor, size))
         student.reset_transformer()
         student.reset_heads()
         if config.pretrained_backbone:
@@ -406,11 +406,23 @@ def _new_model(architecture: PreTrainedConfig) -> nn.Module:
         raise UserError(f"model.student cannot be built{hint}: {_line(error)}") from error
 
 
-def _new_processor(model_type: str, teacher_processor, size: dict[str, int]):
+def _new_processor(config: StudentConfig, model_type: str, teacher_processor, size: dict[str, int]):
+    """With the pixel statistics that the first weights know: a pretrained backbone's own, or the teacher's."""
     options: dict[str, Any] = {"size": dict(size)}
-    if teacher_processor is not None:
+    known = teacher_processor
+    if config.pretrained_backbone and timm.is_model(config.backbone):
+        weights = timm.get_pretrained_cfg(config.backbone)
+        options |= {"image_mean": list(weights.mean), "image_std": list(weights.std)}
+        known = None
+    elif config.pretrained_backbone:
+        try:
+            known = AutoImageProcessor.from_pretrained(config.backbone)
+        except (OSError, ValueError) as error:
+            other = f"a new {model_type}" if known is None else "the teacher"
+            logger.warning("no image processor with %s: normalised as %s (%s)", config.backbone, other, _line(error))
+    if known is not None:
         for name in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"):
-            options[name] = getattr(teacher_processor, name)
+            options[name] = getattr(known, name)
     return adapter_class(model_type).processor_class(**options)
 
 

@@ -3,7 +3,13 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoModelForObjectDetection, ResNetBackbone, ResNetConfig, ResNetForImageClassification
+from transformers import (
+    AutoModelForObjectDetection,
+    ConvNextImageProcessor,
+    ResNetBackbone,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from asd_hf.commands import run
 from asd_hf.criterion import DetectionCriterion
@@ -12,6 +18,7 @@ from asd_hf.errors import UserError
 from asd_hf.student import (
     PACKAGED,
     StudentConfig,
+    _new_processor,
     align_classes,
     backbone_stage,
     build_student,
@@ -200,6 +207,50 @@ def test_pretrained_backbone_from_a_folder(tmp_path, donor_class):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"depths": [1, 1, 2, 1]}))
     with pytest.raises(UserError, match="no weights of backbone .* it lacks .*stages.2.layers.1"):
         build(StudentConfig(backbone=str(tmp_path), pretrained_backbone=True))
+
+
+STATISTICS = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+
+
+def pixel_statistics(processor):
+    spec = get_adapter(tiny.deformable_detr(), processor).spec
+    return torch.tensor([spec.pixel_mean, spec.pixel_std])
+
+
+@pytest.mark.parametrize("teacher", [{}, STATISTICS, {"do_normalize": False}, {"do_rescale": False}])
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        ("vit_base_patch16_224", [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
+        ("resnet18.a1_in1k", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ],
+)
+def test_pretrained_timm_backbone_sees_the_pixels_that_it_knows(name, mean, std, teacher):
+    theirs = tiny.processor(**teacher)
+    pretrained, fresh = (StudentConfig(backbone=name, pretrained_backbone=flag) for flag in (True, False))
+    for known in (None, theirs):
+        processor = _new_processor(pretrained, "deformable_detr", known, SIZE)
+        torch.testing.assert_close(pixel_statistics(processor), torch.tensor([mean, std]))
+        assert dict(processor.size) == SIZE
+    processor = _new_processor(fresh, "deformable_detr", theirs, SIZE)
+    torch.testing.assert_close(pixel_statistics(processor), pixel_statistics(theirs))
+
+
+def test_pretrained_backbone_of_a_folder_brings_its_pixel_statistics(tmp_path, caplog):
+    config = ResNetConfig(**{k: v for k, v in tiny.HF_RESNET.items() if k != "model_type"})
+    ResNetBackbone(config).save_pretrained(tmp_path)
+    teacher = tiny.processor(image_mean=[0.7, 0.7, 0.7])
+    pretrained = StudentConfig(backbone=str(tmp_path), pretrained_backbone=True)
+    _, processor = build(pretrained, processor=teacher)
+    assert processor.image_mean == teacher.image_mean
+    assert f"no image processor with {tmp_path}: normalised as the teacher" in caplog.text
+    ConvNextImageProcessor(**STATISTICS, rescale_factor=1 / 127.5).save_pretrained(tmp_path)
+    student, processor = build(pretrained, processor=teacher)
+    spec = get_adapter(student, processor).spec
+    assert spec.pixel_mean == pytest.approx((0.05, 0.1, 0.15)) and spec.pixel_std == pytest.approx((0.2, 0.25, 0.3))
+    assert dict(processor.size) == SIZE
+    _, processor = build(StudentConfig(backbone=str(tmp_path)), processor=teacher)  # its weights are fresh
+    assert processor.image_mean == teacher.image_mean
 
 
 def test_no_residual_block_of_a_fresh_backbone_is_shut():
