@@ -12,7 +12,7 @@ quickstart: .venv/.installed  ## distil the packaged teacher into a small studen
 
 test: .venv/.installed  ## run the tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest --quiet -n 2 --dist loadfile --durations 15
 
 style: .venv/.installed  ## format the code and mend what ruff can
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
