@@ -131,14 +131,14 @@ def build_student(
         student = get_adapter(model, _new_processor(config, architecture.model_type, teacher_processor, size))
         student.reset_transformer()
         student.reset_heads()
-        if config.pretrained_backbone:
-            _load_backbone_weights(student, config.backbone, architecture.backbone_config)
         if config.copy_weights:
             copied = copy_weights(student, teacher)
             logger.info("copied %d modules of the teacher: %s", len(copied), ", ".join(copied))
             pretrained = pretrained or any(
                 model.get_submodule(name) in set(student.backbone.modules()) for name in copied
             )
+        if config.pretrained_backbone:  # last: it is asked for by name
+            _load_backbone_weights(student, config.backbone, architecture.backbone_config)
     _set_classes(student, tuple(class_names))
     model.config.auxiliary_loss = True
     stages = config.frozen_stages if config.frozen_stages is not None else (1 if pretrained else -1)
@@ -170,7 +170,7 @@ def align_classes(
     if len(missing) == len(names):
         raise UserError(f"{owner} and {asker} share no class: {owner} has {_short(known)}, {asker} {_short(names)}")
     if missing:
-        raise UserError(f"{owner} does not know {len(missing)} classes of {asker}: {_short(missing)}")
+        raise UserError(f"{owner} lacks {len(missing)} of the {len(names)} classes of {asker}: {_short(missing)}")
     return torch.tensor(rows)
 
 

@@ -221,6 +221,14 @@ def test_push_to_hub(world, tmp_path):
         )
 
 
+def test_the_python_example_of_the_readme_runs(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    example = readme[readme.index("from asd_hf.config import") :]
+    example = example[: example.index("```")].replace('"shapes", "', '"shapes?num_train=40&num_val=10", "')
+    example = example.replace("max_steps=20", "max_steps=2").replace("outputs/python", str(tmp_path))
+    assert 0 <= float(run("-c", example).stdout.splitlines()[-1]) <= 1
+
+
 def test_help_and_unknown_command():
     assert "training.learning_rate (default: 0.0002)" in run("-m", "asd_hf.commands", "train", "--help").stdout
     done = run("-m", "asd_hf.commands", "trian", ok=False)
