@@ -305,7 +305,9 @@ def test_best_checkpoint_is_loaded_at_the_end(shapes, tmp_path):
     best = AutoModelForObjectDetection.from_pretrained(tmp_path / "checkpoint-4").state_dict()
     assert_equal(best, dict(trainer.model.student.state_dict()))
     assert_equal(load_file(tmp_path / "checkpoint-4" / METHOD_WEIGHTS), dict(trainer.model.method.state_dict()))
-    again = make_trainer(shapes, tmp_path, seed=9, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True)
+    again = make_trainer(
+        shapes, tmp_path, seed=9, eval_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True
+    )
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert_equal(best, dict(again.model.student.state_dict()))
 
