@@ -250,7 +250,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             pass
     elif isinstance(hint, type) and issubclass(hint, Enum):
         try:
-            return hint(value)
+            return hint("no" if value is False else value)  # YAML reads a bare `no` as false
         except ValueError:
             pass
     raise UserError(f"{where} must be {_type_name(hint)}, not {value!r}")

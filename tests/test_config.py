@@ -29,7 +29,7 @@ def test_values_keep_their_type(tmp_path):
     path = write(
         tmp_path,
         "training: {learning_rate: 1e-4, max_steps: 10, use_cpu: true, report_to: [tensorboard],\n"
-        "  lr_scheduler_type: cosine}\n"
+        "  lr_scheduler_type: cosine, save_strategy: no}\n"
         "method: {name: asd, layers: 1, temperature: 2}\n"
         "model: {teacher: some/teacher, student: {backbone: resnet18, config: {dropout: 0.0}}}\n",
     )
@@ -38,6 +38,8 @@ def test_values_keep_their_type(tmp_path):
     assert run.training.weight_decay == 1e-5
     assert run.training.lr_scheduler_type == "cosine"
     assert run.training.report_to == ["tensorboard"]
+    assert run.training.save_strategy == "no"  # which YAML reads as false
+    assert yaml.safe_load(run.to_yaml())["training"]["save_strategy"] == "no"
     assert isinstance(run.method, ASDConfig) and run.method_class is ASD
     assert run.method.temperature == 2.0 and isinstance(run.method.temperature, float)
     assert run.model.student.backbone == "resnet18" and run.model.student.decoder_layers == 3
