@@ -20,6 +20,7 @@ from asd_hf.detectors import get_adapter
 from asd_hf.distiller import Distiller
 from asd_hf.errors import UserError
 from asd_hf.methods.asd import ASD, ASDConfig
+from asd_hf.student import freeze_backbone
 from asd_hf.trainer import METHOD_WEIGHTS, DistillationTrainer
 from tests import tiny
 
@@ -51,6 +52,7 @@ def stream(root, split="train", batch_size=4, training=True, **options):
 
 def make_trainer(root, output_dir, *, distil=True, seed=0, teacher_seed=1, teacher_options=None, **options):
     student = get_adapter(tiny.deformable_detr(seed, classes=CLASS_NAMES), tiny.processor(size=SIZE))
+    freeze_backbone(student, -1)  # Transformers would freeze all of it
     teacher = method = None
     if distil:
         model = tiny.deformable_detr(
