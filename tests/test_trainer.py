@@ -188,6 +188,20 @@ def test_resume_in_mid_epoch_is_bit_equal(shapes, tmp_path, workers):
     assert_equal(weights(unbroken), weights(finished))
 
 
+def test_each_epoch_has_every_image_once_in_another_order(shapes, tmp_path):
+    trainer, seen = make_trainer(shapes, tmp_path, max_steps=12), []
+    compute_loss = trainer.compute_loss
+
+    def record(model, inputs, **kwargs):
+        seen.extend(int(label["image_id"]) for label in inputs["labels"])
+        return compute_loss(model, inputs, **kwargs)
+
+    trainer.compute_loss = record
+    trainer.train()
+    assert sorted(seen[:24]) == sorted(seen[24:]) == list(range(1, 25))
+    assert seen[:24] != seen[24:]
+
+
 def test_accumulated_batches_equal_one_large_batch(shapes, tmp_path):
     """On images with the same number of boxes: the detection loss divides by the boxes of a micro-batch."""
     sample = tiny.batch(4, sizes=[(64, 64)] * 4)
