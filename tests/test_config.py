@@ -67,6 +67,7 @@ def test_a_student_can_be_named_or_described(tmp_path):
         ("training: {max_steps: many}", [], "training.max_steps must be int, not 'many'"),
         ("training: {max_steps: 1.5}", [], "training.max_steps must be int, not 1.5"),
         ("training: {bf16: 1}", [], "training.bf16 must be bool, not 1"),
+        ("training: {max_steps: true}", [], "training.max_steps must be int, not True"),
         ("data: {train_sizes: [480, big]}", [], r"data.train_sizes\[1\] must be int, not 'big'"),
         ("training: {lr_scheduler_type: cosin}", [], "training: .*cosin"),
         ("training: {eval_strategy: often}", [], "training: .*often"),
