@@ -172,7 +172,10 @@ def parse_overrides(cls: type, values: dict, section: str, overrides: list[str])
 def describe_config() -> str:
     """Every key with its default and meaning, for `--help`."""
     methods = {f"method (name: {n})": _method_config(n) for n in (NO_METHOD, *METHODS)}
-    lines = []
+    names = " | ".join((NO_METHOD, *METHODS))
+    lines = [
+        f"method.name (default: {NO_METHOD})\n      What the student imitates: {names}, or module:Class of your own"
+    ]
     for title, cls in {"model": ModelConfig, "data": DataConfig, **methods, "training": TrainingConfig}.items():
         lines.append(f"{title}:")
         lines += _describe(cls, title.split()[0])
@@ -224,7 +227,8 @@ def _fill(cls: type, values: dict[str, Any], where: str):
     except UserError:
         raise
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
+        hint = " (without a GPU set training.bf16=false)" if "bf16" in str(error) else ""
+        raise UserError(f"{where}: {' '.join(str(error).split())}{hint}") from error
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
@@ -300,7 +304,7 @@ def _describe(cls: type, prefix: str) -> list[str]:
         default = "required" if required else f"default: {_plain(_default(spec))}"
         if not required and is_dataclass(_default(spec)):
             default = "a group of keys"
-        text = " ".join(spec.metadata.get("help", "").split()).replace("%", "%%")
+        text = " ".join(spec.metadata.get("help", "").split()).replace("%%", "%")
         choices = spec.metadata.get("choices")
         text += f" [{' | '.join(choices)}]" if choices else ""
         lines.append(f"  {prefix}.{spec.name} ({default})\n      {text}")

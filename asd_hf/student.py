@@ -402,8 +402,8 @@ def _new_model(architecture: PreTrainedConfig) -> nn.Module:
     try:
         return AutoModelForObjectDetection.from_config(architecture, dtype=torch.float32)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        hint = " (Transformers needs at least 2 decoder layers)" if "tie_weights_keys" in str(error) else ""
-        raise UserError(f"model.student cannot be built{hint}: {_line(error)}") from error
+        reason = "Transformers needs at least 2 decoder layers" if "tie_weights_keys" in str(error) else _line(error)
+        raise UserError(f"model.student cannot be built: {reason}") from error
 
 
 def _new_processor(config: StudentConfig, model_type: str, teacher_processor, size: dict[str, int]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import repeat
@@ -27,6 +28,8 @@ from .evaluation import STATS, evaluate_detector
 from .hub import public_config, write_model_card
 from .methods import DistillationMethod
 from .student import align_classes
+
+logger = logging.getLogger(__name__)
 
 METHOD_WEIGHTS = "_method.safetensors"  # the underscore keeps it off the Hub: Trainer does not upload `_*`
 RUN_CONFIG = "asd_hf.yaml"
@@ -113,6 +116,9 @@ class DistillationTrainer(Trainer):
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
             *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
             if state.global_step >= max_steps:
+                logger.info(
+                    "the run is complete: %s holds step %d of %d", resume_from_checkpoint, state.global_step, max_steps
+                )
                 self.state = state
                 best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
                 self._load_from_checkpoint(best or resume_from_checkpoint)

@@ -230,24 +230,15 @@ def test_the_python_example_of_the_readme_runs(tmp_path):
 
 
 def test_help_and_unknown_command():
-    assert "training.learning_rate (default: 0.0002)" in run("-m", "asd_hf.commands", "train", "--help").stdout
+    text = run("-m", "asd_hf.commands", "train", "--help").stdout
+    assert "training.learning_rate (default: 0.0002)" in text and "method.name (default: none)" in text
+    assert "%%" not in text
     done = run("-m", "asd_hf.commands", "trian", ok=False)
     assert done.stderr.strip() == "error: unknown command 'trian': did you mean 'train'?"
 
 
 def test_make_shapes_and_shard(tmp_path):
     run("-m", "asd_hf.commands", "make-shapes", tmp_path / "s", "--num-train", "6", "--num-val", "3")
-    run(
-        "-m",
-        "asd_hf.commands",
-        "shard",
-        "--data",
-        tmp_path / "s",
-        "--split",
-        "val",
-        "--output",
-        tmp_path / "p",
-        "--num-shards",
-        "2",
-    )
+    arguments = ["--data", tmp_path / "s", "--split", "val", "--output", tmp_path / "p", "--num-shards", "2"]
+    assert "3 images in 2 shards" in run("-m", "asd_hf.commands", "shard", *arguments).stdout
     assert open_source(str(tmp_path / "p"), "val").num_rows == 3

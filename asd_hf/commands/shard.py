@@ -25,4 +25,6 @@ def main(argv: list[str]) -> None:
         if not item.startswith("data.box_format="):
             raise UserError(f"{item!r}: only data.box_format=xywh or data.box_format=xyxy applies to shards")
     config = parse_overrides(DataConfig, {}, "data", args.overrides)
-    shard_dataset(open_source(args.data, args.split, config), args.split, args.output, args.num_shards)
+    manifest = shard_dataset(open_source(args.data, args.split, config), args.split, args.output, args.num_shards)
+    rows = sum(shard["rows"] for shard in manifest["shards"])
+    print(f"{rows} images in {len(manifest['shards'])} shards: train on them with data.source={args.output}")
