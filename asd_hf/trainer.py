@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput, get_last_checkpoint
 
 from .config import TrainingConfig
 from .criterion import DetectionCriterion
@@ -104,12 +104,23 @@ class DistillationTrainer(Trainer):
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         self._scalars: dict[str, list[Tensor]] = defaultdict(list)
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
         """Trainer's own; a finished run is loaded as it ended, where Trainer would take one more step.
 
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the newest one of the output folder.
+
         Raises:
-            UserError: the number of steps is not known, or the checkpoint is of another student or method.
+            UserError: there is no data or no checkpoint, the number of steps is not known, or the checkpoint is of
+                another student or method.
         """
+        resume_from_checkpoint = resume_from_checkpoint or None
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise UserError(f"{self.args.output_dir} holds no checkpoint to go on from")
+        if self.train_dataset is None:
+            raise UserError("training needs a train_dataset")
         if self.args.max_steps <= 0 and self.train_dataset.batches_per_epoch is None:
             raise UserError("the length of this data source is not known: set training.max_steps")
         if resume_from_checkpoint is not None:
@@ -204,8 +215,6 @@ class DistillationTrainer(Trainer):
     # -- data: the stream shards itself over ranks and workers, Accelerate never touches it ---------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        if self.train_dataset is None:
-            raise UserError("training needs a train_dataset")
         if self.train_dataset.batch_size != self.args.per_device_train_batch_size:
             raise UserError(
                 f"the training stream makes batches of {self.train_dataset.batch_size}, but "

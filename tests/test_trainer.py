@@ -184,7 +184,10 @@ def test_resume_in_mid_epoch_is_bit_equal(shapes, tmp_path, workers):
         assert_equal(unbroken.ema.model.state_dict(), resumed.ema.model.state_dict())
         assert logged(resumed) == logged(unbroken)
     finished = make_trainer(shapes, tmp_path / "c", seed=9, **options)
-    finished.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-10"))
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        finished.train(resume_from_checkpoint=True)
+    shutil.copytree(tmp_path / "a" / "checkpoint-10", tmp_path / "c" / "checkpoint-10")
+    finished.train(resume_from_checkpoint=True)
     assert_equal(weights(unbroken), weights(finished))
 
 
@@ -360,6 +363,7 @@ def test_evaluation_counts_each_image_once_and_knows_its_ground_truth(shapes, tm
     _, evaluator = trainer.evaluate_adapter(trainer.adapter)
     truth = json.loads((shapes / "annotations/instances_val.json").read_text())
     assert sorted(evaluator.images) == [image["id"] for image in truth["images"]]
+    assert trainer.predict(trainer.eval_dataset).metrics["test_AP"] == trainer.evaluate()["eval_AP"]
     boxes = sum(len(result.ground_truth) for result in evaluator.images.values())
     assert boxes == len(truth["annotations"])
 
