@@ -64,7 +64,9 @@ class TrainingConfig(TrainingArguments):
     method_max_grad_norm: float | None = _own(
         None, "Largest gradient norm of the method's own parameters; default: training.max_grad_norm"
     )
-    class_loss_weight: float = _own(2.0, "Weight of the classification loss (Deformable DETR: 2, Transformers: 1)")
+    class_loss_weight: float | None = _own(
+        None, "Weight of the classification loss; default: that of the student's family (Deformable DETR: 2)"
+    )
     ema_decay: float = _own(0.0, "Decay of a moving average of the student, evaluated and saved in ema/; 0: none")
     early_stopping_patience: int = _own(0, "Stop after so many evaluations without a better AP; 0: never")
 

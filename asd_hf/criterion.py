@@ -1,4 +1,4 @@
-"""The detection loss of Deformable DETR: the numbers of Transformers, in one pass over all layers and images."""
+"""The detection losses of DETR and its kin: the numbers of Transformers, in one pass over all layers and images."""
 
 from __future__ import annotations
 
@@ -14,22 +14,27 @@ from .ops import cxcywh_to_xyxy, generalized_iou
 
 
 class DetectionCriterion:
-    """Bipartite matching, then focal, L1 and generalised IoU losses, summed over every decoder layer.
+    """Bipartite matching, then class, L1 and generalised IoU losses, summed over every decoder layer.
 
-    Requirements: sigmoid class logits. Under `torch.distributed` every rank must call it as often as the others, since
-    the number of boxes is averaged over ranks.
+    The class loss is the focal loss for sigmoid heads and the cross entropy for softmax heads, whose last column is
+    "no object". Under `torch.distributed` every rank must call it as often as the others, since the number of boxes is
+    averaged over ranks.
 
-    References: Zhu et al., Deformable DETR (arXiv 2010.04159); matching and losses as in its code. Transformers' own
-    loss gives the same numbers on one rank; on W ranks it is W times too large.
+    References: Carion et al., DETR (arXiv 2005.12872), for softmax heads; Zhu et al., Deformable DETR (arXiv
+    2010.04159), for sigmoid heads; matching and losses as in their code. Transformers' own loss gives the same numbers
+    on one rank; on W ranks its box losses are W times too large.
 
     Args:
+        activation: of the class logits, "sigmoid" or "softmax".
         class_cost, bbox_cost, giou_cost: weights of the matching cost.
         class_loss_weight, bbox_loss_weight, giou_loss_weight: weights of the losses.
         focal_alpha: of the focal loss; the matching cost keeps 0.25.
+        no_object_weight: of queries without object in the cross entropy.
     """
 
     def __init__(
         self,
+        activation: str = "sigmoid",
         class_cost: float = 1,
         bbox_cost: float = 5,
         giou_cost: float = 2,
@@ -37,22 +42,28 @@ class DetectionCriterion:
         bbox_loss_weight: float = 5,
         giou_loss_weight: float = 2,
         focal_alpha: float = 0.25,
+        no_object_weight: float = 0.1,
     ) -> None:
+        self.activation = activation
         self.class_cost, self.bbox_cost, self.giou_cost = class_cost, bbox_cost, giou_cost
         self.class_loss_weight, self.bbox_loss_weight = class_loss_weight, bbox_loss_weight
-        self.giou_loss_weight, self.focal_alpha = giou_loss_weight, focal_alpha
+        self.giou_loss_weight = giou_loss_weight
+        self.focal_alpha, self.no_object_weight = focal_alpha, no_object_weight
 
     @classmethod
-    def from_config(cls, config, class_loss_weight: float = 1) -> DetectionCriterion:
-        """Takes the weights of a Transformers configuration, which fixes that of the class loss at 1 (paper: 2)."""
+    def from_config(cls, config, activation: str = "sigmoid", class_loss_weight: float = 1) -> DetectionCriterion:
+        """Takes the weights of a Transformers configuration, which has none for the class loss in most families."""
+        own = {"focal_alpha": config.focal_alpha} if activation == "sigmoid" else {}
+        own |= {"no_object_weight": config.eos_coefficient} if activation == "softmax" else {}
         return cls(
+            activation,
             config.class_cost,
             config.bbox_cost,
             config.giou_cost,
             class_loss_weight,
             config.bbox_loss_coefficient,
             config.giou_loss_coefficient,
-            config.focal_alpha,
+            **own,
         )
 
     def __call__(self, output: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
@@ -60,7 +71,8 @@ class DetectionCriterion:
 
         Args:
             output: predictions of B images.
-            labels: B dicts with `class_labels` (T,) and `boxes` (T, 4) as (cx, cy, w, h) in [0, 1].
+            labels: B dicts with `class_labels` (T,) and `boxes` (T, 4) as (cx, cy, w, h) in [0, 1]. Images whose
+                `labelled` is false have no objects here and take no part in the loss.
         """
         with torch.autocast(output.logits.device.type, enabled=False):
             predictions = {"": (_full(output.logits), _full(output.boxes))}
@@ -75,12 +87,19 @@ class DetectionCriterion:
                 [(*predictions[stage], *targets[stage]) for stage in predictions],
                 [len(label["class_labels"]) for label in labels],
             )
-            count = _mean_count(classes)
-            losses = {}
+            labelled = None
+            if "labelled" in labels[0]:
+                labelled = torch.stack([label["labelled"] for label in labels])[:, None].to(boxes)  # (B, 1)
+            class_loss = self._focal if self.activation == "sigmoid" else self._cross_entropy
+            sums, counts = {}, {}
             for stage, matched in zip(predictions, pairs, strict=True):
-                named = self._losses(*predictions[stage], *targets[stage], *matched)
-                losses |= {name + stage: loss / count for name, loss in named.items()}
-        return losses
+                logits, predicted = predictions[stage]
+                loss, weight = class_loss(logits, targets[stage][0], *matched, labelled)
+                sums["loss_ce" + stage] = self.class_loss_weight * loss
+                sums |= {name + stage: loss for name, loss in self._box_losses(predicted, boxes, *matched).items()}
+                if weight is not None:
+                    counts["loss_ce" + stage] = weight
+            return _normalised(sums, counts, len(classes))
 
     @torch.no_grad()
     def match(
@@ -125,8 +144,11 @@ class DetectionCriterion:
     def _cost(self, logits: Tensor, boxes: Tensor, classes: Tensor, targets: Tensor) -> Tensor:
         """(L, B, Q, T) cost of each of Q predictions for each of T targets of the same image."""
         index = classes[None, :, None].expand(*logits.shape[:3], -1)
-        p = logits.gather(-1, index).sigmoid()
-        class_cost = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p**2 * -(1 - p + 1e-8).log()
+        if self.activation == "sigmoid":
+            p = logits.gather(-1, index).sigmoid()
+            class_cost = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p**2 * -(1 - p + 1e-8).log()
+        else:
+            class_cost = -logits.softmax(-1).gather(-1, index)
         boxes, targets = boxes[..., None, :], targets[None, :, None]
         bbox_cost = (boxes - targets).abs().sum(-1)
         giou_cost = -generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets))
@@ -134,19 +156,39 @@ class DetectionCriterion:
         worst = torch.finfo(cost.dtype).max  # a prediction that is not finite is matched last
         return cost.nan_to_num(worst, worst, worst)
 
-    def _losses(
-        self, logits: Tensor, boxes: Tensor, classes: Tensor, targets: Tensor, query: Tensor, target: Tensor
-    ) -> dict[str, Tensor]:
-        """Weighted sums over the matched pairs, and of the focal loss over all predictions."""
+    def _focal(
+        self, logits: Tensor, classes: Tensor, query: Tensor, target: Tensor, labelled: Tensor | None
+    ) -> tuple[Tensor, None]:
+        """Sum of the focal loss over all (L, B, Q, C) logits; it is divided by the number of boxes."""
         hit = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
         hit.view(-1, logits.shape[-1])[query, classes[target]] = True
         right = torch.where(hit, logits, -logits)  # log-odds of the right answer
         alpha = torch.full_like(logits, 1 - self.focal_alpha).masked_fill(hit, self.focal_alpha)
-        focal = alpha * (-right).sigmoid() ** 2 * -F.logsigmoid(right)
+        if labelled is not None:
+            alpha = alpha * labelled[..., None]
+        return (alpha * (-right).sigmoid() ** 2 * -F.logsigmoid(right)).sum(), None
+
+    def _cross_entropy(
+        self, logits: Tensor, classes: Tensor, query: Tensor, target: Tensor, labelled: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted sum of the cross entropy over all queries, and the weights (L,) of a layer, to divide it by.
+
+        The sum is over layers and is to be divided by each layer's weight; all layers have the same one.
+        """
+        no_object = logits.shape[-1] - 1
+        wanted = torch.full(logits.shape[:3], no_object, device=logits.device)
+        wanted.view(-1)[query] = classes[target]
+        weight = torch.where(wanted == no_object, self.no_object_weight, 1.0).to(logits)
+        if labelled is not None:
+            weight = weight * labelled
+        loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), reduction="none").view_as(weight)
+        return (weight * loss).sum(), weight[-1].sum()
+
+    def _box_losses(self, boxes: Tensor, targets: Tensor, query: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Weighted sums over the matched pairs."""
         predicted, wanted = boxes.flatten(0, 2)[query], targets[target]
         giou = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
         return {
-            "loss_ce": self.class_loss_weight * focal.sum(),
             "loss_bbox": self.bbox_loss_weight * (predicted - wanted).abs().sum(),
             "loss_giou": self.giou_loss_weight * (1 - giou).sum(),
         }
@@ -156,11 +198,17 @@ def _full(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _mean_count(classes: Tensor) -> Tensor:
-    """Targets of a rank, averaged over all ranks and at least 1: with the averaged gradients of
-    DistributedDataParallel, W ranks then train as one rank with all their images."""
-    count = torch.full((), float(len(classes)), device=classes.device)
+def _normalised(sums: dict[str, Tensor], weights: dict[str, Tensor], num_boxes: int) -> dict[str, Tensor]:
+    """Each sum over its weight, or else over the number of boxes, both averaged over all ranks.
+
+    With the averaged gradients of DistributedDataParallel, W ranks then train as one rank with all their images.
+    """
+    boxes = next(iter(sums.values())).new_full((), num_boxes)
+    totals = torch.stack([boxes, *weights.values()]).detach()
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(count)
-        count /= dist.get_world_size()
-    return count.clamp(min=1)
+        dist.all_reduce(totals)
+        totals /= dist.get_world_size()
+    boxes, *totals = totals.unbind()
+    # Without any box the loss is that of the background, without any labelled image it is 0.
+    totals = {name: total.clamp(min=1e-6) for name, total in zip(weights, totals, strict=True)}
+    return {name: loss / totals.get(name, boxes.clamp(min=1)) for name, loss in sums.items()}

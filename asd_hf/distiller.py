@@ -31,7 +31,10 @@ class Distiller(nn.Module):
     main_input_name = "pixel_values"
 
     def __init__(
-        self, adapter: DetectorAdapter, criterion: DetectionCriterion, method: DistillationMethod | None = None
+        self,
+        adapter: DetectorAdapter,
+        criterion: DetectionCriterion | None,
+        method: DistillationMethod | None = None,
     ) -> None:
         super().__init__()
         self.student, self.method = adapter.model, method
@@ -62,8 +65,12 @@ class Distiller(nn.Module):
             measure_gradient_share: also give |g_m| / (|g_m| + |g_t|), the share of the method's losses in the gradient
                 at the student's predictions; it costs a backward pass through the losses alone.
         """
-        student = self.adapter(pixel_values, pixel_mask)
-        task = self.criterion(student, labels)
+        if self.criterion is None:
+            student = self.adapter(pixel_values, pixel_mask, labels)
+            task = student.losses
+        else:
+            student = self.adapter(pixel_values, pixel_mask)
+            task = self.criterion(student, labels)
         imitation = {} if teacher is None else self.method(student, teacher, labels)
         share = None
         if measure_gradient_share and imitation:

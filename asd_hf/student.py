@@ -65,7 +65,8 @@ class StudentConfig:
     copy_weights: bool = _option(False, "Copy from the teacher all weights that fit")
     frozen_stages: int | None = _option(
         None,
-        "-1: train all of the backbone, 0: freeze its stem, 1: stem and first stage, ...; default: 1 if pretrained",
+        "-1: train all of the backbone, 0: freeze its stem, 1: stem and first stage, ...; default: if pretrained, as "
+        "the family is trained",
     )
     frozen_batch_norm: bool = _option(True, "Keep batch norm fixed; false for a backbone that trains from scratch")
 
@@ -140,8 +141,10 @@ def build_student(
         if config.pretrained_backbone:  # last: it is asked for by name
             _load_backbone_weights(student, config.backbone, architecture.backbone_config)
     _set_classes(student, tuple(class_names))
-    model.config.auxiliary_loss = True
-    stages = config.frozen_stages if config.frozen_stages is not None else (1 if pretrained else -1)
+    model.config.auxiliary_loss = student.auxiliary_loss
+    stages = (
+        config.frozen_stages if config.frozen_stages is not None else (student.frozen_stages if pretrained else -1)
+    )
     if not config.frozen_batch_norm:
         count = student.train_batch_norm(lambda name: backbone_stage(name) > stages)
         logger.info("%d batch norms of the backbone are trained", count)

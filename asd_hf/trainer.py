@@ -79,7 +79,15 @@ class DistillationTrainer(Trainer):
             )
         self.adapter, self.teacher, self.method = student, teacher, method
         self.category_ids, self.run_config, self.card = category_ids, run_config, card
-        criterion = DetectionCriterion.from_config(student.model.config, class_loss_weight=args.class_loss_weight)
+        criterion = None
+        if not student.own_loss:
+            weight = student.class_loss_weight if args.class_loss_weight is None else args.class_loss_weight
+            criterion = DetectionCriterion.from_config(student.model.config, student.spec.activation, weight)
+        elif args.class_loss_weight is not None:
+            raise UserError(
+                f"training.class_loss_weight does not apply to {student.spec.family}, which is trained by Transformers' "
+                "own loss: remove it, and set the weights in model.student.config"
+            )
         super().__init__(
             model=Distiller(student, criterion, method),
             args=args,

@@ -5,11 +5,16 @@ Letters in the shapes of this package: L decoder layers, B images, Q queries, C 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
+import torch
 from torch import Tensor, nn
+
+from ..errors import UserError
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class DetectorSpec:
     strides: tuple[int, ...]  # of `DetectorOutput.features`, finest first
     pixel_mean: tuple[float, ...]  # of pixels in [0, 1]
     pixel_std: tuple[float, ...]
-    activation: str  # of the class logits: "sigmoid" or "softmax"
+    activation: str  # of the class logits: "sigmoid", or "softmax" with a last column "no object"
     capabilities: frozenset[str]  # what a method may require: "decode", "features", ...
 
 
@@ -32,39 +37,115 @@ class DetectorSpec:
 class DetectorOutput:
     """Predictions of one batch, first decoder layer first. Boxes are (cx, cy, w, h) in [0, 1] of the valid image."""
 
-    logits: Tensor  # (L, B, Q, C)
+    logits: Tensor  # (L, B, Q, C); softmax heads have C + 1 columns, the last one "no object"
     boxes: Tensor  # (L, B, Q, 4)
     queries: Tensor  # (L, B, Q, D), the decoder's hidden states
     features: list[Tensor] = field(default_factory=list)  # one (B, D, H, W) a level, finest first
     decode: Callable[[Tensor, Tensor, Tensor], DetectorOutput] | None = None  # asks the encoded images other questions
     proposals: tuple[Tensor, Tensor] | None = None  # two-stage: (B, S, C) logits and (B, S, 4) boxes of the encoder
-    loss: Tensor | None = None  # Transformers' own detection loss, when labels were given
+    losses: dict[str, Tensor] | None = None  # Transformers' own, weighted: `DetectorAdapter.own_loss`
 
-    def select_classes(self, columns: Tensor) -> DetectorOutput:
-        """These (K,) class columns of the logits, in this order, and of what `decode` answers; not of `proposals`."""
-        output, ask = replace(self, logits=self.logits[..., columns]), self.decode
+    def map_logits(self, change: Callable[[Tensor], Tensor]) -> DetectorOutput:
+        """The same output with other logits, also of what `decode` answers; `proposals` stay."""
+        output, ask = replace(self, logits=change(self.logits)), self.decode
         if ask is not None:
-            output.decode = lambda *question: ask(*question).select_classes(columns)
+            output.decode = lambda *question: ask(*question).map_logits(change)
             output.decode.own = ask.own
+        return output
+
+    def map_boxes(self, scale: Tensor) -> DetectorOutput:
+        """The same output in another frame: all boxes and reference points times `scale` (B, 1, 4)."""
+        output, ask = replace(self, boxes=self.boxes * scale), self.decode
+        if self.proposals is not None:
+            output.proposals = self.proposals[0], self.proposals[1] * scale
+        if ask is not None:
+
+            def decode(queries: Tensor, positions: Tensor, references: Tensor) -> DetectorOutput:
+                if references is not None:
+                    references = references / scale[..., : references.shape[-1]]
+                return ask(queries, positions, references).map_boxes(scale)
+
+            queries, positions, references = ask.own
+            if references is not None:
+                references = references * scale[..., : references.shape[-1]]
+            output.decode, decode.own = decode, (queries, positions, references)
         return output
 
 
 class DetectorAdapter:
     """Translates one family of Transformers detectors; owns every attribute path of it.
 
+    A family gives `forward`, `spec` and the class attributes; what a student needs beyond that has a default here.
+
     Args:
         model: a loaded `...ForObjectDetection`. It is taken as it is; nothing stays on it after a call.
         processor: its image processor: pixel mean and standard deviation are read from it.
+
+    Class attributes:
+        processor_class: image processor of the family.
+        backbone_path: attribute path of the timm or Transformers backbone.
+        config_names: what the options of a new student (encoder_layers, decoder_layers, num_queries, d_model) are
+            called in the family's configuration.
+        slow_parameters: fragments of the names of parameters that train at a tenth of the rate.
+        frozen_stages: of a pretrained backbone, as the family is trained; see `student.freeze_backbone`.
+        class_loss_weight: of the family's original recipe.
+        own_loss: the family is trained by Transformers' own loss, which needs its training-only queries or box
+            distributions; otherwise by `DetectionCriterion`.
+        auxiliary_loss: Transformers' option of that name in the saved configuration.
+        sees_padding: the model knows no padding mask; it is asked in the frame of the padded canvas.
+        open_vocabulary: the model is told by `prompt` which classes to look for.
     """
 
     spec: DetectorSpec
+    processor_class: type
+    backbone_path: str
+    config_names: dict[str, tuple[str, ...]] = {}
+    slow_parameters: tuple[str, ...] = ()
+    frozen_stages = 1
+    class_loss_weight = 1.0
+    own_loss = False
+    auxiliary_loss = True
+    sees_padding = False
+    open_vocabulary = False
 
     def __init__(self, model: nn.Module, processor) -> None:
         self.model, self.processor = model, processor
 
     def __call__(self, pixel_values: Tensor, pixel_mask: Tensor, labels: list[dict] | None = None) -> DetectorOutput:
-        """Runs the model on uint8 `pixel_values` (B, 3, H, W), valid where bool `pixel_mask` (B, H, W) is true."""
+        """Runs the model on uint8 `pixel_values` (B, 3, H, W), valid where bool `pixel_mask` (B, H, W) is true.
+
+        Args:
+            labels: B dicts with `class_labels` (T,) and `boxes` (T, 4) as cxcywh in [0, 1] of the valid image, for
+                families with `own_loss`; images whose `labelled` is false take no part in the loss.
+        """
+        pixels, mask = self.prepare(pixel_values, pixel_mask)
+        if not self.sees_padding:
+            return self.forward(pixels, mask, labels)
+        canvas = torch.tensor([mask.shape[2], mask.shape[1]] * 2, device=mask.device)
+        valid = torch.stack([mask[:, 0].sum(1), mask[:, :, 0].sum(1)] * 2, 1)
+        scale = (canvas / valid)[:, None]  # (B, 1, 4)
+        if labels is not None:
+            labels = [label | {"boxes": label["boxes"] / s} for label, s in zip(labels, scale, strict=True)]
+        return self.forward(pixels, mask, labels).map_boxes(scale)
+
+    def forward(self, pixels: Tensor, mask: Tensor, labels: list[dict] | None) -> DetectorOutput:
+        """Runs the model on normalised `pixels`; its boxes, and those of `labels`, are relative to the valid image, or
+        to the canvas if the family `sees_padding`."""
         raise NotImplementedError
+
+    @property
+    def size_divisor(self) -> int:
+        """The model takes only images whose sides are multiples of this; `prepare` pads them."""
+        return 1
+
+    def prepare(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised pixels and their mask, padded at the bottom and the right to what the model can take."""
+        pixels = self.normalize(pixel_values, pixel_mask).to(self.model.dtype)
+        height, width = pixel_mask.shape[1:]
+        missing = (0, -width % self.size_divisor, 0, -height % self.size_divisor)
+        if any(missing):
+            pixels, pixel_mask = nn.functional.pad(pixels, missing), nn.functional.pad(pixel_mask, missing)
+        return pixels, pixel_mask
 
     def normalize(self, pixel_values: Tensor, pixel_mask: Tensor) -> Tensor:
         """uint8 pixels to this model's own statistics, padding to 0 as Transformers' image processors have it."""
@@ -89,3 +170,163 @@ class DetectorAdapter:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @staticmethod
+    @contextmanager
+    def outside_autocast(modules: Iterable[nn.Module | None]) -> Iterator[None]:
+        """Runs `modules` in their own precision during the block, whatever autocast says."""
+        with ExitStack() as stack:
+            for module in filter(None, modules):
+                module.forward = _outside_autocast(module)
+                stack.callback(delattr, module, "forward")
+            yield
+
+    # -- what a student needs ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def config_values(cls, **sizes: int | None) -> dict[str, int]:
+        """The given sizes of a new student under this family's configuration names.
+
+        Raises:
+            UserError: the family has no such size.
+        """
+        given = {name: size for name, size in sizes.items() if size is not None}
+        for name in given:
+            if name not in cls.config_names:
+                raise UserError(f"model.student.{name}: {cls.__name__.removesuffix('Adapter')} has no such size")
+        return {key: size for name, size in given.items() for key in cls.config_names[name]}
+
+    @classmethod
+    def backbone_values(cls, channels: list[int]) -> dict:
+        """What the configuration must say of another backbone whose feature maps have these channels."""
+        return {}
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The timm or Transformers backbone."""
+        return self.model.get_submodule(self.backbone_path)
+
+    @property
+    def layer_lists(self) -> dict[str, int]:
+        """Module lists with one entry a layer, and how many layers; lists of heads may have entries beyond them."""
+        return {}
+
+    @property
+    def class_heads(self) -> list[nn.Linear | nn.Embedding]:
+        """Every module with a row a class; what it has beyond those ("no object") is at the end."""
+        raise NotImplementedError
+
+    def reset_heads(self, prior: float = 0.01) -> None:
+        """Gives fresh heads the original initial values, where Transformers has others."""
+
+    def reset_transformer(self) -> None:
+        """Gives a fresh neck, transformer and queries the original initial values, where Transformers has others."""
+
+    def replace_classes(self, class_names: tuple[str, ...], rows: list[int | None]) -> None:
+        """Lets the class heads predict `class_names`, in this order.
+
+        Args:
+            class_names: the new classes.
+            rows: for each of them the old class whose weights it takes, or None for fresh ones.
+        """
+        config, old_count, count = self.model.config, len(self.spec.class_names), len(class_names)
+        kept = [new for new, old in enumerate(rows) if old is not None]
+        taken = [old for old in rows if old is not None]
+        heads = self.class_heads
+        fresh: dict[nn.Parameter, nn.Module] = {}  # layers that shared a head share the new one
+        for head in heads:
+            size, width = head.weight.shape
+            size += count - old_count
+            with torch.no_grad():
+                if isinstance(head, nn.Embedding):
+                    new = nn.Embedding(size, width)
+                else:
+                    new = nn.Linear(width, size)
+                    new.bias.fill_(-math.log(99) if self.spec.activation == "sigmoid" else 0)
+                new = new.to(head.weight)
+                for name, tensor in new.named_parameters():
+                    old = getattr(head, name)
+                    tensor[kept], tensor[count:] = old[taken], old[old_count:]
+            fresh[head.weight] = new
+        for head in heads:
+            new = fresh[head.weight]
+            head.weight = new.weight
+            if isinstance(head, nn.Embedding):
+                head.num_embeddings = new.num_embeddings
+                head.padding_idx = None if head.padding_idx is None else head.padding_idx - old_count + count
+            else:
+                head.bias, head.out_features = new.bias, new.out_features
+        config.id2label = dict(enumerate(class_names))
+        config.label2id = {name: i for i, name in enumerate(class_names)}
+        self.spec = replace(self.spec, class_names=tuple(class_names))
+
+    def open_residuals(self) -> None:
+        """Lets the residual blocks of a fresh backbone take part under frozen batch norm.
+
+        timm starts the last batch norm of each block at zero, to be learnt; frozen, it would shut the block for ever.
+        """
+        for module in self.backbone.modules():
+            if _is_frozen_batch_norm(module) and not module.weight.any():
+                module.weight.fill_(1)
+
+    def train_batch_norm(self, wanted: Callable[[str], bool]) -> int:
+        """Puts trainable batch norm in the place of frozen ones of the backbone.
+
+        Checkpoints keep the names of frozen batch norm, so that they load anywhere, with batch norm frozen.
+
+        Args:
+            wanted: says of a module's name within the backbone whether to replace it.
+
+        Returns:
+            How many were replaced.
+        """
+        chosen = [(n, m) for n, m in self.backbone.named_modules() if _is_frozen_batch_norm(m) and wanted(n)]
+        for name, old in chosen:
+            new = _BatchNorm2d(len(old.weight), device=old.weight.device)
+            new.load_state_dict(old.state_dict())
+            parent, _, attribute = name.rpartition(".")
+            setattr(self.backbone.get_submodule(parent), attribute, new)
+        return len(chosen)
+
+    def backbone_strides(self) -> tuple[int, ...]:
+        """Strides of the backbone's feature maps, measured: it may be dilated or give any of its stages."""
+        tensors = chain(self.backbone.named_parameters(), self.backbone.named_buffers())
+        image = torch.empty(1, 3, 256, 256, device="meta")
+        maps = torch.func.functional_call(self.backbone, {name: t.to("meta") for name, t in tensors}, (image,))
+        maps = maps.feature_maps if isinstance(maps, dict) else maps
+        return tuple(round(256 / m.shape[-1]) for m in maps)
+
+
+class _BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm with the saved tensors of a frozen one: no count of batches, which a momentum makes needless."""
+
+    _load_from_state_dict = nn.Module._load_from_state_dict  # batch norm's own would ask for the count
+
+    def __init__(self, num_features: int, **options) -> None:
+        super().__init__(num_features, **options)
+        self.num_batches_tracked = None
+
+
+def _is_frozen_batch_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("FrozenBatchNorm2d")  # each family of Transformers has its own
+
+
+def _outside_autocast(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    forward, dtype = module.forward, next(module.parameters()).dtype
+
+    def precise(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(x.to(dtype))
+
+    return precise
+
+
+def class_names_of(config) -> tuple[str, ...]:
+    return tuple(config.id2label[i] for i in range(config.num_labels))
+
+
+def pixel_statistics(processor) -> dict[str, tuple[float, ...]]:
+    """`pixel_mean` and `pixel_std` of pixels in [0, 1] that make our normalisation equal to the processor's."""
+    scale = 255 * (processor.rescale_factor if processor.do_rescale else 1)
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
+    return {"pixel_mean": tuple(m / scale for m in mean), "pixel_std": tuple(s / scale for s in std)}

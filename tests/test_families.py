@@ -1,0 +1,302 @@
+"""What every adapter must do, whatever its family. Each family's own traps are tested in its own file."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from asd_hf.detectors import ADAPTERS, get_adapter
+from asd_hf.evaluation import evaluate_detector
+from tests import tiny
+from tests.families import FAMILIES, OPEN_VOCABULARY, STUDENTS
+
+FULL = ((96, 96),)  # height, width: no padding, so that every family sees the same frame
+
+
+def adapter_of(name, **options):
+    adapter = get_adapter(*FAMILIES[name](**options))
+    if adapter.open_vocabulary:
+        adapter.prompt(options.get("classes", tiny.CLASSES))
+    return adapter
+
+
+@pytest.fixture(params=FAMILIES)
+def adapter(request):
+    return adapter_of(request.param)
+
+
+@pytest.fixture(params=STUDENTS)
+def student(request):
+    return adapter_of(request.param)
+
+
+def ask(adapter, batch, labels=False):
+    return adapter(batch["pixel_values"], batch["pixel_mask"], batch["labels"] if labels else None)
+
+
+def ask_transformers(adapter, batch, **inputs):
+    """The model itself on what the adapter gives it."""
+    pixels, mask = adapter.prepare(batch["pixel_values"], batch["pixel_mask"])
+    if adapter.spec.family != "yolos":
+        inputs["pixel_mask"] = mask
+    return adapter.model(pixel_values=pixels, **inputs)
+
+
+def losses_of(adapter, batch):
+    """Transformers' own losses in training mode, with batch norm as in evaluation: images do not see each other."""
+    adapter.model.train()
+    for module in adapter.model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    torch.manual_seed(0)
+    return ask(adapter, batch, labels=True)
+
+
+def test_every_family_of_transformers_has_its_adapter():
+    assert {FAMILIES[name]()[0].config.model_type for name in FAMILIES} == set(ADAPTERS)
+
+
+def test_spec_describes_the_model(adapter):
+    spec = adapter.spec
+    assert spec.class_names == tiny.CLASSES and spec.family == adapter.model.config.model_type
+    output = ask(adapter, tiny.batch(2, sizes=((128, 128),)))
+    columns = len(tiny.CLASSES) + (spec.activation == "softmax")
+    assert output.logits.shape == (spec.num_layers, 2, spec.num_queries, columns) == (spec.num_layers, 2, 12, columns)
+    assert output.boxes.shape == (spec.num_layers, 2, 12, 4)
+    assert output.queries.shape == (spec.num_layers, 2, 12, spec.hidden_size)
+    assert output.features and len(output.features) == len(spec.strides)
+    assert tuple(round(128 / f.shape[-1]) for f in output.features) == spec.strides == tuple(sorted(spec.strides))
+    assert (output.decode is not None) == ("decode" in spec.capabilities) and "features" in spec.capabilities
+    assert (output.proposals is not None) == ("proposals" in spec.capabilities)
+    assert output.losses is None
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_last_layer_equals_transformers(name):
+    adapter = adapter_of(name)
+    batch = tiny.batch(2, sizes=FULL)
+    own, output = ask_transformers(adapter, batch), ask(adapter, batch)
+    torch.testing.assert_close(output.logits[-1], own.logits, rtol=0, atol=0)
+    torch.testing.assert_close(output.boxes[-1], own.pred_boxes, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in STUDENTS if name != "yolos"])  # Transformers' YOLOS gives one layer
+def test_every_layer_equals_those_that_transformers_computes_its_loss_of(name):
+    adapter = adapter_of(name)
+    batch, seen = tiny.batch(2, sizes=FULL), {}
+    output = ask(adapter, batch)
+    if name in ("d_fine", "deimv2"):
+        adapter.model.model.decoder.training = True  # in evaluation they compute one layer only
+    adapter.model.config.auxiliary_loss = True
+
+    def tap(logits, labels, device, boxes, config, outputs_class, outputs_coord, *_, **__):
+        seen["logits"], seen["boxes"] = outputs_class, outputs_coord
+        return logits.sum(), {}, None
+
+    adapter.model.loss_function = tap
+    ask_transformers(adapter, batch, labels=batch["labels"])
+    num_layers = output.logits.shape[0]
+    for key in ("logits", "boxes"):
+        layers = seen[key] if seen[key].shape[1] == 2 else seen[key].transpose(0, 1)  # B is 2, L is 3
+        assert layers.shape[1] == 2 and num_layers == 3
+        torch.testing.assert_close(getattr(output, key), layers[-num_layers:], rtol=0, atol=0)
+
+
+def test_the_model_in_training_mode_shows_the_same_queries(student):
+    """No denoising queries and no groups: they are for Transformers' own loss alone."""
+    batch = tiny.batch(2, sizes=FULL)
+    expected = ask(student, batch)
+    for training in (True, False):
+        for module in student.model.modules():  # dropout and batch norm stay as they are
+            module.training = training and not isinstance(module, nn.BatchNorm2d | nn.Dropout)
+        output = ask(student, batch, labels=student.own_loss)
+        assert output.logits.shape == expected.logits.shape
+        torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output.boxes, expected.boxes, rtol=1e-4, atol=1e-4)
+        assert (output.losses is not None) == student.own_loss
+
+
+def test_a_box_is_evaluated_where_the_model_sees_it(adapter):
+    """Images of unequal sizes in one batch. Ground truth stands where the raw model has its best box of each class,
+    by arithmetic that knows only the family's frame: evaluated through the whole pipeline, the AP is 1."""
+    batch = tiny.batch(4)
+    output = ask(adapter, batch)
+    for label in batch["labels"]:
+        label["ground_truth"] = torch.zeros(0, 7, dtype=torch.float64)
+    pixels, mask = adapter.prepare(batch["pixel_values"], batch["pixel_mask"])
+    if adapter.open_vocabulary:
+        boxes, logits = output.boxes[-1], output.logits[-1]
+        assert not adapter.sees_padding
+    else:
+        own = ask_transformers(adapter, batch)
+        boxes, logits = own.pred_boxes, own.logits
+    if adapter.spec.activation == "softmax":
+        scores = logits.softmax(-1)[..., :-1]
+        best = scores.argmax(-1, keepdim=True)
+        scores = torch.zeros_like(scores).scatter(-1, best, scores.gather(-1, best))
+    else:
+        scores = logits.sigmoid()
+    placed = 0
+    for column in range(len(tiny.CLASSES)):
+        image, query = np.unravel_index(scores[..., column].argmax(), scores.shape[:2])
+        if not scores[image, query, column]:
+            continue  # no query has this class as its best
+        height, width = tiny.SIZES[image]
+        frame = mask.shape[1:] if adapter.sees_padding else (height, width)
+        cx, cy, w, h = (boxes[image, query].double() * torch.tensor([frame[1], frame[0]] * 2)).tolist()
+        x, y, w, h = (2 * v for v in (cx - w / 2, cy - h / 2, w, h))  # the files are twice as large
+        truth = torch.tensor([[x, y, w, h, w * h, 0, column]], dtype=torch.float64)
+        label = batch["labels"][image]
+        label["ground_truth"] = torch.cat([label["ground_truth"], truth])
+        placed += 1
+    numbers, _ = evaluate_detector(adapter, [batch], tiny.CLASSES, progress=False)
+    assert placed and numbers["AP"] == pytest.approx(1)
+
+
+def test_decode_repeats_the_models_own_answer(adapter):
+    if "decode" not in adapter.spec.capabilities:
+        pytest.skip("the family has no decoder that can be asked")
+    output = ask(adapter, tiny.batch(4))
+    again = output.decode(*output.decode.own)
+    for key in ("logits", "boxes", "queries"):
+        torch.testing.assert_close(getattr(again, key), getattr(output, key), rtol=1e-5, atol=1e-5)
+    fewer = output.decode(*(None if t is None else t[:, :4] for t in output.decode.own))
+    assert fewer.logits.shape[2] == 4 and fewer.logits.isfinite().all()
+
+
+def test_nothing_stays_on_the_model(adapter):
+    modules = list(adapter.model.modules())
+
+    def state():
+        hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for m in modules]
+        return (
+            hooks,
+            [sorted(k for k in vars(m) if not k.startswith("_")) for m in modules],
+            dict(vars(adapter.model.config)),
+        )
+
+    ask(adapter, tiny.batch(1))  # caches of constants may grow once
+    before = state()
+    output = ask(adapter, tiny.batch(2), labels=adapter.own_loss)
+    if output.decode is not None:
+        output.decode(*output.decode.own)
+    assert state() == before
+    with pytest.raises(Exception, match="."):
+        adapter(torch.zeros(1, 1, 64, 64, dtype=torch.uint8), torch.ones(1, 64, 64, dtype=torch.bool))
+    assert state() == before
+
+
+def test_predictions_are_fp32_under_autocast(adapter):
+    batch = tiny.batch(2, sizes=FULL)
+    exact = ask(adapter, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = ask(adapter, batch)
+    assert output.logits.dtype == output.boxes.dtype == torch.float32
+    if adapter.spec.family not in ("rt_detr", "rt_detr_v2", "d_fine", "deimv2"):  # these choose other proposals
+        assert (output.boxes[0] - exact.boxes[0]).abs().median() < 0.02
+
+
+def test_own_losses_are_transformers(student):
+    """The sum is the loss of the model itself, denoising and groups included, and trains every part."""
+    if not student.own_loss:
+        pytest.skip("trained by DetectionCriterion")
+    batch = tiny.batch(2, sizes=FULL)
+    output = losses_of(student, batch)
+    student.model.config.auxiliary_loss = True
+    torch.manual_seed(0)
+    expected = ask_transformers(student, batch, labels=batch["labels"]).loss
+    total = sum(output.losses.values())
+    torch.testing.assert_close(total, expected)
+    assert all(loss.isfinite() and loss.dim() == 0 for loss in output.losses.values()) and len(output.losses) < 20
+    total.backward()
+    assert all(p.grad.isfinite().all() for p in student.model.parameters() if p.grad is not None)
+
+
+def test_own_losses_leave_unlabelled_images_out(student):
+    if not student.own_loss:
+        pytest.skip("trained by DetectionCriterion")
+    batch = tiny.batch(2, sizes=FULL, boxes=(3, 0))
+    for label, flag in zip(batch["labels"], (True, False), strict=True):
+        label["labelled"] = torch.tensor(flag)
+    first = losses_of(student, batch).losses
+    batch["pixel_values"][1] = 255 - batch["pixel_values"][1]
+    second = losses_of(student, batch).losses
+    for name, loss in first.items():
+        torch.testing.assert_close(loss, second[name], msg=name)
+    batch["labels"][0] |= {
+        "labelled": torch.tensor(False),
+        "boxes": torch.zeros(0, 4),
+        "class_labels": torch.zeros(0).long(),
+    }
+    nothing = losses_of(student, batch)
+    assert sum(nothing.losses.values()) == 0
+    (nothing.logits.sum() + sum(nothing.losses.values())).backward()
+
+
+def test_own_losses_of_images_without_objects(student):
+    if not student.own_loss:
+        pytest.skip("trained by DetectionCriterion")
+    total = sum(losses_of(student, tiny.batch(2, boxes=(0,))).losses.values())
+    total.backward()
+    assert total.isfinite() and total > 0
+
+
+def test_own_losses_know_the_padding(student):
+    """Boxes of the labels are brought into the frame of the model: of a perfect answer the box loss is 0."""
+    if not student.own_loss:
+        pytest.skip("trained by DetectionCriterion")
+    batch = tiny.batch(4, boxes=(1,))
+    student.model.eval()
+    output = ask(student, batch)
+    for image, label in enumerate(batch["labels"]):
+        label["boxes"] = output.boxes[-1, image, :1].detach()
+        label["class_labels"] = output.logits[-1, image, 0].argmax()[None]
+    own = ask(student, batch, labels=True).losses
+    label_loss = {name: loss for name, loss in own.items() if "bbox" in name or "giou" in name}
+    for label in batch["labels"]:
+        label["boxes"] = (label["boxes"] + 0.3).clamp(max=1)
+    moved = ask(student, batch, labels=True).losses
+    assert label_loss and all(loss < moved[name] for name, loss in label_loss.items() if "dn" not in name)
+
+
+def test_new_classes_keep_the_weights_of_known_ones(student):
+    batch = tiny.batch(2, sizes=FULL)
+    old = ask(student, batch)
+    names, rows = ("zebra", "pizza", "cat", "kite", "dog", "traffic light", "bus"), [None, 4, 0, 3, 1, 2, None]
+    two_stage_choice = student.spec.family in ("rt_detr", "rt_detr_v2", "d_fine", "deimv2", "lw_detr", "rf_detr")
+    student.replace_classes(names, rows)
+    new = ask(student, batch)
+    assert student.spec.class_names == names == tuple(student.model.config.id2label.values())
+    assert new.logits.shape[-1] == len(names) + (student.spec.activation == "softmax")
+    if not two_stage_choice:  # a fresh class may choose other proposals
+        columns = [1, 2, 3, 4, 5]
+        torch.testing.assert_close(new.logits[..., columns], old.logits[..., [rows[c] for c in columns]])
+        torch.testing.assert_close(new.boxes, old.boxes)
+
+
+def test_saved_and_loaded_it_answers_the_same(student, tmp_path):
+    student.replace_classes(("pizza", "bus"), [4, None])
+    student.model.save_pretrained(tmp_path)
+    loaded, report = type(student.model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    again = get_adapter(loaded.eval(), student.processor)
+    batch = tiny.batch(2)
+    torch.testing.assert_close(ask(again, batch).logits, ask(student, batch).logits, rtol=0, atol=0)
+    assert again.spec == student.spec
+
+
+def test_gradient_reaches_the_student_through_every_output(student):
+    student.model.train().requires_grad_(True)
+    output = ask(student, tiny.batch(2), labels=student.own_loss)
+    (
+        output.logits.sum() + output.boxes.sum() + output.queries.sum() + sum(f.sum() for f in output.features)
+    ).backward()
+    for part in ("backbone", "decoder"):
+        inside = student.backbone if part == "backbone" else student.model
+        gradients = [p.grad for p in inside.parameters() if p.grad is not None]
+        assert gradients and all(g.isfinite().all() for g in gradients)
+        assert any(g.abs().sum() > 0 for g in gradients)
+
+
+def test_prompts_are_for_teachers_only():
+    assert all(adapter_of(name).open_vocabulary == (name in OPEN_VOCABULARY) for name in FAMILIES)
