@@ -481,7 +481,7 @@ def test_a_repository_read_as_on_the_hub(tmp_path, monkeypatch):
     raw = tables._open_hub("owner/name", "val")
     assert tables._box_format(raw, None) == "xyxy"
     assert raw.lengths == [11, 12]
-    monkeypatch.setattr(tables, "_open_folder", lambda folder, split: raw)
+    monkeypatch.setattr(tables, "_open_folder", lambda folder, split, labelled: raw)
     same(read(open_source("owner/name", "val")), expected(), tolerance=1e-9)
 
 

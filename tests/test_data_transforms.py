@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import v2
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
 from transformers import DeformableDetrImageProcessor
+from transformers.image_transforms import get_size_with_aspect_ratio
 
-from asd_hf.data import DataConfig, RowTransform, build_transform, collate, resize_spec
-from asd_hf.data.transforms import RandomSizeCrop, ResizeShortest
+from asd_hf.data import DataConfig, RowTransform, collate, resize_spec, teacher_view
+from asd_hf.data.transforms import draw_geometry, draw_window, seeded
 from asd_hf.errors import UserError
 from tests.tiny_data import jpeg, tiny_rows
 
@@ -110,9 +113,12 @@ def test_training_resizes_as_the_image_processor_too():
 
 @pytest.mark.parametrize("augmentation", ["detr", "flip", "none"])
 @pytest.mark.parametrize("resize", ["multiscale", "fixed"])
-def test_boxes_follow_the_pixels(augmentation, resize):
-    """A coloured rectangle is found again in the pixels, where the transformed box says it is."""
-    config = DataConfig(augmentation=augmentation, resize=resize, fixed_size=[70, 90], **SMALL)
+@pytest.mark.parametrize("teacher_size", [None, 150, [110, 140]])
+def test_boxes_follow_the_pixels(augmentation, resize, teacher_size):
+    """A coloured rectangle is found again in the pixels of each view, where the transformed box says it is."""
+    config = DataConfig(
+        augmentation=augmentation, resize=resize, fixed_size=[70, 90], teacher_size=teacher_size, **SMALL
+    )
     transform = RowTransform(config, training=True, seed=3)
     rng, seen, cropped, flipped = np.random.default_rng(0), 0, 0, 0
     for epoch in range(60):
@@ -123,48 +129,217 @@ def test_boxes_follow_the_pixels(augmentation, resize):
         pixels[y : y + h, x : x + w, 1] = 255
         transform.set_epoch(epoch)
         sample = transform(row(encode(pixels), [[x, y, w, h]], image_id=epoch))
-        found = sample["pixel_values"][1].numpy() > 127
-        height_, width_ = found.shape
-        ys, xs = np.nonzero(found)
-        if not len(sample["labels"]["boxes"]):
-            assert len(xs) <= 2 * max(found.shape)  # at most an edge of it was left by the crop
-            continue
-        cx, cy, bw, bh = (
-            sample["labels"]["boxes"][0].double() * torch.tensor([width_, height_, width_, height_])
-        ).tolist()
-        if min(bw, bh) < 3:
-            continue
-        seen += 1
-        box = np.array([cx - bw / 2, cy - bh / 2, cx + bw / 2, cy + bh / 2])
-        np.testing.assert_allclose(
-            box, [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], atol=1.5
-        )  # a crop is enlarged
-        cropped += abs(bw * bh / (height_ * width_) - w * h / (height * width)) > 0.02
-        flipped += abs((cx / width_) - (x + w / 2) / width) > 0.05
-    assert seen > 40
-    assert (cropped > 8) == (augmentation == "detr")
-    assert (flipped > 8) == (augmentation != "none")
+        assert ("teacher_pixel_values" in sample) == (teacher_size is not None)
+        for view in ("pixel_values", "teacher_pixel_values") if teacher_size else ("pixel_values",):
+            found = sample[view][1].numpy() > 127
+            height_, width_ = found.shape
+            ys, xs = np.nonzero(found)
+            if not len(sample["labels"]["boxes"]):
+                assert not len(xs)  # the window is of whole pixels: outside it nothing is left
+                continue
+            cx, cy, bw, bh = (
+                sample["labels"]["boxes"][0].double() * torch.tensor([width_, height_, width_, height_])
+            ).tolist()
+            if min(bw, bh) < 3:
+                continue
+            seen += 1
+            box = np.array([cx - bw / 2, cy - bh / 2, cx + bw / 2, cy + bh / 2])
+            np.testing.assert_allclose(
+                box, [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], atol=1.01, err_msg=f"{view}, {epoch}"
+            )
+            cropped += abs(bw * bh / (height_ * width_) - w * h / (height * width)) > 0.02
+            flipped += abs((cx / width_) - (x + w / 2) / width) > 0.05
+    views = 1 + (teacher_size is not None)
+    assert seen > 40 * views
+    assert (cropped > 8 * views) == (augmentation == "detr")
+    assert (flipped > 8 * views) == (augmentation != "none")
 
 
-def test_the_crop_is_the_one_of_detr():
-    """Sizes of RandomSizeCrop and of the crop branch under the original's numbers."""
-    transform = build_transform(DataConfig(), training=True)
-    crop = transform.transforms[1].transforms[1].transforms
-    assert crop[0].sizes == [400, 500, 600] and crop[0].max_size is None
-    assert (crop[1].min_size, crop[1].max_size) == (384, 600)
-    assert crop[2].sizes == list(range(480, 801, 32)) and crop[2].max_size == 1333
+def three_steps(config: DataConfig, image: torch.Tensor, boxes: tv_tensors.BoundingBoxes):
+    """DETR's augmentation as published, each step on the pixels: flip; half of the time resize and crop; resize."""
+    if torch.rand(1) < 0.5:
+        image, boxes = F.horizontal_flip(image), F.horizontal_flip(boxes)
+
+    def resize(size, max_size):
+        height, width = get_size_with_aspect_ratio(image.shape[-2:], size, max_size)
+        return F.resize(image, [height, width]), F.resize(boxes, [height, width])
+
+    if torch.multinomial(torch.tensor([0.5, 0.5]), 1):
+        image, boxes = resize([400, 500, 600][int(torch.randint(3, ()))], None)
+        places = []
+        for side in image.shape[-2:]:
+            length = int(torch.randint(min(384, side), min(600, side) + 1, ()))
+            places.append((int(torch.randint(side - length + 1, ())), length))
+        (top, height), (left, width) = places
+        image, boxes = F.crop(image, top, left, height, width), F.crop(boxes, top, left, height, width)
+    return resize(config.train_sizes[int(torch.randint(len(config.train_sizes), ()))], config.max_size)
+
+
+@pytest.mark.parametrize("shape", [(427, 640), (640, 480), (150, 200), (1200, 700)])
+def test_the_augmentation_is_the_one_of_detr(shape):
+    """In one resize the same draws show the same part of the image, to the nearest pixel of the original."""
+    height, width = shape
+    ramp = np.stack(np.broadcast_arrays(np.arange(width)[None] / width, np.arange(height)[:, None] / height, 0.5), 2)
+    stored = row(encode((255 * ramp).astype(np.uint8)), [[width * 0.2, height * 0.3, width * 0.4, height * 0.5]])
+    config, cropped = DataConfig(), 0
+    transform = RowTransform(config, training=True, seed=5)
+    x, y, w, h = stored["objects"]["bbox"][0]
+    for epoch in range(24):
+        transform.set_epoch(epoch)
+        sample = transform(stored)
+        image = F.pil_to_tensor(Image.open(io.BytesIO(stored["image"]["bytes"])))
+        boxes = tv_tensors.BoundingBoxes([[x, y, x + w, y + h]], format="XYXY", canvas_size=shape, dtype=torch.float64)
+        with seeded(5, epoch, 7):
+            pixels, boxes = three_steps(config, image, boxes)
+        ours = sample["pixel_values"]
+        side = ours.shape[-2:]
+        # the window is rounded to pixels of the original, and what is as wide as high may turn
+        assert abs(ours.shape[-2] / ours.shape[-1] - pixels.shape[-2] / pixels.shape[-1]) < 0.03
+        assert abs(min(side) - min(pixels.shape[-2:])) <= 0.01 * min(side)
+        theirs = F.resize(pixels, list(side))
+        assert (ours[:2].float() - theirs[:2].float()).abs().mean() < 255 / min(shape) + 0.5
+        cx, cy, bw, bh = sample["labels"]["boxes"][0].tolist()
+        scale = torch.tensor([pixels.shape[-1], pixels.shape[-2]]).repeat(2)
+        box = torch.tensor([cx - bw / 2, cy - bh / 2, cx + bw / 2, cy + bh / 2], dtype=torch.float64)
+        torch.testing.assert_close(box, (boxes / scale)[0].as_subclass(torch.Tensor), rtol=0, atol=2.5 / min(shape))
+        cropped += tuple(sample["pixel_values"].shape[-2:]) not in {
+            get_size_with_aspect_ratio(shape, size, config.max_size) for size in config.train_sizes
+        }
+    assert 4 < cropped < 20
+
+
+def windows(config: DataConfig, height: int, width: int, count: int = 300) -> torch.Tensor:
     torch.manual_seed(0)
-    image = v2.functional.pil_to_tensor(Image.new("RGB", (700, 500)))
-    sizes = [RandomSizeCrop(384, 600)(image).shape[-2:] for _ in range(200)]
-    assert {(384 <= h <= 500) and (384 <= w <= 600) for h, w in sizes} == {True}
-    assert max(w for _, w in sizes) > 590 and min(w for _, w in sizes) < 394 and max(h for h, _ in sizes) > 490
-    assert RandomSizeCrop(384, 600)(image[:, :50, :60]).shape[-2:] == (50, 60)  # as far as the image reaches
+    drawn = torch.tensor([draw_window(config, height, width) for _ in range(count)])
+    assert (drawn[:, :2] >= 0).all() and (drawn[:, 2:] >= 1).all()
+    assert (drawn[:, 0] + drawn[:, 2] <= height).all() and (drawn[:, 1] + drawn[:, 3] <= width).all()
+    return drawn
 
 
-def test_resize_draws_every_size():
+def test_the_window_of_detr():
+    # 384 to 600 of 600 pixels at most, 384 to 400 of 400 at least
+    drawn = windows(DataConfig(), 600, 600)
+    for length in (drawn[:, 2], drawn[:, 3]):
+        assert 384 <= length.min() < 400 and length.max() == 600
+    assert drawn[:, 0].max() > 150 and drawn[:, 0].min() == 0  # wherever it fits
+    # a training size of 400 at most halves all numbers: the window stays the same part of the image
+    assert torch.equal(windows(DataConfig(train_sizes=[200, 400]), 600, 600)[:, 2:] < 384, drawn[:, 2:] < 384)
+    assert windows(DataConfig(train_sizes=[200, 400]), 1200, 1200)[:, 2:].min() >= 767
+    assert windows(DataConfig(resize="fixed", fixed_size=[800, 900]), 600, 600).tolist() == drawn.tolist()
+    for height, width in ((1, 1), (1, 700), (900, 2), (3, 5)):
+        windows(DataConfig(), height, width, 50)
+        windows(DataConfig(train_sizes=[1]), height, width, 50)
+
+
+def test_training_draws_every_size():
+    config = DataConfig(train_sizes=[10, 12, 14], augmentation="none")
     torch.manual_seed(0)
-    image = torch.zeros(3, 20, 30, dtype=torch.uint8)
-    assert {ResizeShortest([10, 12, 14], None)(image).shape[-2] for _ in range(60)} == {10, 12, 14}
+    assert {draw_geometry(config, 20, 30).size for _ in range(60)} == {(10, 15), (12, 18), (14, 21)}
+
+
+@pytest.mark.parametrize("augmentation", ["detr", "flip", "none"])
+@pytest.mark.parametrize("resize", ["multiscale", "fixed"])
+def test_the_students_view_does_not_depend_on_the_teachers(augmentation, resize):
+    samples = []
+    for teacher_size in (None, 40, 200, [90, 120]):
+        config = DataConfig(
+            augmentation=augmentation, resize=resize, fixed_size=[50, 60], teacher_size=teacher_size, **SMALL
+        )
+        transform = RowTransform(config, training=True, seed=2)
+        transform.set_epoch(1)
+        samples.append([transform(from_tiny(stored)) for stored in tiny_rows(12)])
+    for alone, *others in zip(*samples, strict=True):
+        for other in others:
+            assert torch.equal(alone["pixel_values"], other["pixel_values"])
+            assert all(torch.equal(value, other["labels"][key]) for key, value in alone["labels"].items())
+        assert others[2]["teacher_pixel_values"].shape == (3, 90, 120)
+        sides = others[1]["teacher_pixel_values"].shape[1:]
+        assert min(sides) == 200 or max(sides) in (332, 333)  # the cap: 120 * 200 / 72
+
+
+def test_the_teachers_view_is_made_from_the_original_pixels():
+    """Far more than the student's resolution: at its own size the image comes through unchanged, but for the flip."""
+    noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    stored, original = row(encode(noise), []), torch.from_numpy(noise).permute(2, 0, 1)
+    for teacher_size in (90, [90, 120]):
+        config = DataConfig(train_sizes=[20], eval_size=20, augmentation="flip", teacher_size=teacher_size)
+        transform, flips = RowTransform(config, training=True), []
+        for epoch in range(12):
+            transform.set_epoch(epoch)
+            sample = transform(stored)
+            assert sample["pixel_values"].shape == (3, 20, 26)
+            flips.append(torch.equal(sample["teacher_pixel_values"], original.flip(2)))
+            assert flips[-1] or torch.equal(sample["teacher_pixel_values"], original)
+        assert {True, False} == set(flips)
+    # and of a crop each pixel, where the window is as large as the view
+    config = DataConfig(train_sizes=[800], teacher_size=[1, 1])
+    with seeded(0, 3, 7):
+        geometry = draw_geometry(config, 90, 120)
+    top, left, height, width = geometry.window
+    assert (height, width) != (90, 120)
+    transform = RowTransform(replace(config, teacher_size=[height, width]), training=True)
+    transform.set_epoch(3)
+    whole = original.flip(2) if geometry.flip else original
+    view = transform(stored)["teacher_pixel_values"]
+    assert torch.equal(view, whole[:, top : top + height, left : left + width])
+
+
+@pytest.mark.parametrize("resize", ["multiscale", "fixed"])
+@pytest.mark.parametrize("teacher_size", [140, 33, [60, 70]])
+def test_the_teacher_trains_on_what_it_is_evaluated_on(resize, teacher_size):
+    config = DataConfig(augmentation="none", resize=resize, fixed_size=[50, 60], teacher_size=teacher_size, **SMALL)
+    training, evaluation = RowTransform(config, True), RowTransform(teacher_view(config), False)
+    for stored in map(from_tiny, tiny_rows(8)):
+        seen, scored = training(stored), evaluation(stored)
+        assert torch.equal(seen["teacher_pixel_values"], scored["pixel_values"])
+        torch.testing.assert_close(seen["labels"]["boxes"], scored["labels"]["boxes"], rtol=0, atol=0)
+        assert "teacher_pixel_values" not in scored
+        assert "teacher_pixel_values" not in RowTransform(config, False)(stored)
+
+
+@pytest.mark.parametrize(
+    ("values", "spec"),
+    [
+        ({"teacher_size": None}, {"shortest_edge": 320, "longest_edge": 533}),
+        ({"teacher_size": 800}, {"shortest_edge": 800, "longest_edge": 1332}),  # 533 * 800 / 320 = 1332.5
+        ({"teacher_size": 160, "max_size": 640}, {"shortest_edge": 160, "longest_edge": 320}),
+        (
+            {"teacher_size": 800, "resize": "fixed", "fixed_size": [64, 64]},
+            {"shortest_edge": 800, "longest_edge": 1332},
+        ),
+        ({"teacher_size": [480, 640]}, {"height": 480, "width": 640}),
+        ({"teacher_size": None, "resize": "fixed", "fixed_size": [64, 64]}, {"height": 64, "width": 64}),
+    ],
+)
+def test_the_view_with_which_the_teacher_is_evaluated(values, spec):
+    config = DataConfig(**{"source": "x", "eval_split": "y", "eval_size": 320, "max_size": 533} | values)
+    view = teacher_view(config)
+    assert resize_spec(view) == spec and (view.source, view.eval_split) == ("x", "y")
+    assert teacher_view(view) is view  # nothing of the teacher's is left to be done
+    assert (view is config) == (config.teacher_size is None)
+
+
+def test_the_longer_side_of_the_teachers_view_is_capped_in_proportion():
+    config = DataConfig(augmentation="none", train_sizes=[30], eval_size=40, max_size=60, teacher_size=80)
+    sample = RowTransform(config, training=True)(row(jpeg(300, 31), []))
+    assert max(sample["pixel_values"].shape) == 60 and max(sample["teacher_pixel_values"].shape) == 120
+
+
+def test_images_without_annotations():
+    transform = RowTransform(DataConfig(teacher_size=90, **SMALL), training=True, label_map=[1, 0, 2])
+    bare = row(jpeg(64, 48), [[1, 2, 30, 30]])
+    labelled = transform(bare)
+    sample = transform({**bare, "objects": None})
+    assert torch.equal(sample["pixel_values"], labelled["pixel_values"])
+    assert torch.equal(sample["teacher_pixel_values"], labelled["teacher_pixel_values"])
+    labels = sample["labels"]
+    assert labels["boxes"].shape == (0, 4) and labels["boxes"].dtype == torch.float32
+    assert labels["class_labels"].shape == (0,) and labels["class_labels"].dtype == torch.int64
+    for one, known in ((sample, False), (labelled, True), (transform(row(jpeg(64, 48), [])), True)):
+        flag = one["labels"]["labelled"]
+        assert flag.dtype == torch.bool and flag.shape == () and bool(flag) == known
+    with pytest.raises(UserError, match=r"^image 7 \(some.jpg\) of split 'dev' has no annotations: it cannot be eval"):
+        RowTransform(DataConfig(eval_split="dev"), training=False)({**bare, "objects": None})
 
 
 def test_labels_and_ground_truth():
@@ -233,7 +408,7 @@ def test_every_kind_of_8_bit_image(mode):
     image = Image.fromarray(noise).convert(mode)
     data = encode(image, "TIFF" if mode == "CMYK" else "PNG")
     sample = RowTransform(DataConfig(resize="fixed", fixed_size=[20, 30]), training=False)(row(data, []))
-    assert torch.equal(sample["pixel_values"], v2.functional.pil_to_tensor(image.convert("RGB")))
+    assert torch.equal(sample["pixel_values"], F.pil_to_tensor(image.convert("RGB")))
 
 
 def test_exif_orientation_is_not_applied():
@@ -285,6 +460,28 @@ def test_a_batch_of_mixed_sizes():
             assert torch.equal(labels[key], value) and labels[key].dtype == value.dtype
 
 
+def test_a_batch_with_two_views():
+    """Each view is padded by itself; the labels are those of both."""
+    transform = RowTransform(DataConfig(teacher_size=130, **SMALL), training=True)
+    rows = [from_tiny(r) for r in tiny_rows(6)]
+    rows[2]["objects"] = None
+    samples = [transform(stored) for stored in rows]
+    batch = collate(samples)
+    for view, mask in (("pixel_values", "pixel_mask"), ("teacher_pixel_values", "teacher_pixel_mask")):
+        shapes = [sample[view].shape[1:] for sample in samples]
+        height, width = (max(sides) for sides in zip(*shapes, strict=True))
+        assert batch[view].shape == (6, 3, height, width) and batch[view].dtype == torch.uint8
+        assert batch[mask].shape == (6, height, width) and batch[mask].dtype == torch.bool
+        for index, (h, w) in enumerate(shapes):
+            assert torch.equal(batch[view][index, :, :h, :w], samples[index][view])
+            assert batch[view][index].sum() == samples[index][view].sum()
+            assert batch[mask][index].sum() == h * w and batch[mask][index, :h, :w].all()
+    assert batch["pixel_mask"].shape != batch["teacher_pixel_mask"].shape
+    assert [bool(labels["labelled"]) for labels in batch["labels"]] == [True, True, False, True, True, True]
+    assert {labels["labelled"].shape for labels in batch["labels"]} == {()}
+    assert "teacher_pixel_values" not in collate([{k: s[k] for k in ("pixel_values", "labels")} for s in samples])
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -294,6 +491,11 @@ def test_a_batch_of_mixed_sizes():
         ({"resize": "fixed"}, r"data.fixed_size is None: resize: fixed needs \[height, width\]"),
         ({"resize": "fixed", "fixed_size": [640]}, "data.fixed_size is"),
         ({"train_sizes": []}, "data.train_sizes"),
+        ({"teacher_size": 0}, "data.teacher_size is 0: it must be the shorter side in pixels or"),
+        ({"teacher_size": [640]}, r"data.teacher_size is \[640\]: it must be"),
+        ({"teacher_size": []}, r"data.teacher_size is \[\]: it must be"),
+        ({"teacher_size": [640, -1]}, r"data.teacher_size is \[640, -1\]: it must be"),
+        ({"train_split": None}, "data.train_split is null: without a split to train on data.unlabelled must be set"),
         ({"shuffle_buffer": 0}, "data.shuffle_buffer is 0"),
         ({"num_eval_images": 0}, "data.num_eval_images is 0"),
     ],

@@ -47,16 +47,22 @@ def tiny_rows(count: int, first_id: int = 100) -> list[dict]:
     return rows
 
 
+def write_images(folder: Path, rows: list[dict]) -> Path:
+    """Writes the images of rows into a folder, by the names that they have in a COCO folder."""
+    folder.mkdir(parents=True)
+    for row in rows:
+        (folder / f"{row['image_id']:06d}.jpg").write_bytes(row["jpeg"])
+    return folder
+
+
 def write_coco(root: Path, split: str, rows: list[dict], images: str | None = None) -> dict:
     """Writes rows as a COCO folder; returns the contents of its annotation file."""
-    folder = root / (images or split)
-    folder.mkdir(parents=True)
+    write_images(root / (images or split), rows)
     (root / "annotations").mkdir(exist_ok=True)
     contents = {"images": [], "annotations": [], "categories": []}
     contents["categories"] = [{"id": i, "name": n} for i, n in zip(reversed(IDS), reversed(NAMES), strict=True)]
     for row in rows:
         name = f"{row['image_id']:06d}.jpg"
-        (folder / name).write_bytes(row["jpeg"])
         contents["images"].append(
             {"id": row["image_id"], "file_name": name, "width": row["width"], "height": row["height"]}
         )

@@ -42,30 +42,40 @@ class CocoReader:
 
     index: datasets.IterableDataset
     images: Path
+    labelled: bool
 
     def __call__(self, shard: int) -> Iterator[dict[str, Any]]:
         part = self.index.shard(num_shards=self.index.num_shards, index=shard)
         for row in read_rows(part, batch_size=256):
             path = str(self.images / row.pop("file_name"))
+            row["objects"] = row["objects"] if self.labelled else None
             yield {"image": {"bytes": None, "path": path}, **row}
 
 
-def open_coco(root: Path, split: str) -> Source:
+def open_coco(root: Path, split: str, labelled: bool = True) -> Source:
     """The split of `root/annotations/instances_<split>.json`, its images in `root/<split>/` or `root/images/<split>/`.
 
     Boxes without area (or outside their image) stay in the ground truth but give no label in training; they are
     counted in a warning. A missing `area` is that of the box, a missing `iscrowd` is 0.
 
+    Args:
+        labelled: False takes the images alone: annotations and categories are not read and need not be there, and
+            `annotations/image_info_<split>.json`, as COCO names such files, will do as well.
+
     Raises:
         UserError: a file or folder is missing, or an annotation is wrong; the line names it.
     """
-    file = root / "annotations" / f"instances_{split}.json"
-    if not file.is_file():
-        splits = sorted(p.stem.removeprefix("instances_") for p in file.parent.glob("instances_*.json"))
-        raise UserError(f"{file} does not exist; splits of {root}: {', '.join(splits) or 'none'}")
+    kinds = ("instances_",) if labelled else ("instances_", "image_info_")
+    files = [root / "annotations" / f"{kind}{split}.json" for kind in kinds]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        splits = {p.stem.removeprefix(kind) for kind in kinds for p in files[0].parent.glob(f"{kind}*.json")}
+        names = " or ".join(map(str, files))
+        raise UserError(f"{names} does not exist; splits of {root}: {', '.join(sorted(splits)) or 'none'}")
     stat = file.stat()
     key = digest(INDEX_VERSION, str(file.resolve()), stat.st_size, stat.st_mtime_ns)
-    folder = build_once(cache_root() / "coco" / f"{split}-{key}", lambda new: _build_index(file, new))
+    name = f"{split}-{key}" if labelled else f"{split}-{key}-images"
+    folder = build_once(cache_root() / "coco" / name, lambda new: _build_index(file, new, labelled))
     about = json.loads((folder / "about.json").read_text())
     if about["boxes_without_area"]:
         logger.warning(
@@ -76,7 +86,7 @@ def open_coco(root: Path, split: str) -> Source:
     rows = datasets.load_from_disk(str(folder / "rows"))
     images = _image_folder(root, split, rows[0]["file_name"])
     num_shards = min(MAX_SHARDS, len(rows))
-    reader = CocoReader(rows.to_iterable_dataset(num_shards=num_shards), images)
+    reader = CocoReader(rows.to_iterable_dataset(num_shards=num_shards), images, labelled)
     return Source(
         stream=stream_of(reader, num_shards),
         class_names=about["class_names"],
@@ -97,20 +107,21 @@ def _image_folder(root: Path, split: str, file_name: str) -> Path:
     raise UserError(f"no images of split {split!r}: neither {folders[0]} nor {folders[1]} is a folder")
 
 
-def _build_index(file: Path, folder: Path) -> None:
+def _build_index(file: Path, folder: Path, labelled: bool) -> None:
     """Checks the annotation file and writes `rows` (a data set of `FEATURES`) and `about.json` into `folder`."""
     try:
         contents = json.loads(file.read_bytes())
-        images, annotations, categories = (contents[key] for key in ("images", "annotations", "categories"))
+        images = contents["images"]
+        annotations, categories = (contents[key] if labelled else [] for key in ("annotations", "categories"))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is no COCO annotation file: {type(error).__name__}: {error}") from error
-    if not images or not categories:
+    if not images or (labelled and not categories):
         raise UserError(f"{file} has no {'images' if not images else 'categories'}")
     try:
         categories = sorted((int(category["id"]), str(category["name"])) for category in categories)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: every category needs an integer id and a name") from error
-    ids, names = (list(column) for column in zip(*categories, strict=True))
+    ids, names = [category_id for category_id, _ in categories], [name for _, name in categories]
     for what, values in (("id", ids), ("name", names)):
         if len(set(values)) < len(values):
             repeated = next(value for value in values if values.count(value) > 1)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
+SCALARS = ("image_id", "orig_size", "labelled")  # labels of one value an image, stacked and not joined
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -13,8 +16,11 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         `pixel_values` uint8 (B, 3, H, W), zero where padded; `pixel_mask` bool (B, H, W), true where valid;
         `labels`, a list of B dictionaries: `class_labels` int64 (T,), `boxes` float32 (T, 4) as cxcywh in [0, 1],
-        `image_id` int64 (), `orig_size` int64 (2,) as (height, width) of the file, and in evaluation `ground_truth`
-        float64 (G, 7): x, y, w, h in pixels of the file, area, iscrowd, class index, of all annotations.
+        `image_id` int64 (), `orig_size` int64 (2,) as (height, width) of the file; in training `labelled` bool (),
+        false for an image without annotations; in evaluation `ground_truth` float64 (G, 7): x, y, w, h in pixels of
+        the file, area, iscrowd, class index, of all annotations.
+        Where the teacher has a view of its own also `teacher_pixel_values` uint8 (B, 3, H', W') and
+        `teacher_pixel_mask` bool (B, H', W'), padded by themselves; the labels are the same for both views.
     """
     return unpack(pack(samples))
 
@@ -24,20 +30,17 @@ def pack(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
     Each tensor sent takes a file descriptor; with one a label, large batches run out of them.
     """
-    images = [sample["pixel_values"] for sample in samples]
-    height, width = max(image.shape[-2] for image in images), max(image.shape[-1] for image in images)
-    pixel_values = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
-    pixel_mask = torch.zeros(len(images), height, width, dtype=torch.bool)
-    for index, image in enumerate(images):
-        h, w = image.shape[-2:]
-        pixel_values[index, :, :h, :w] = image
-        pixel_mask[index, :h, :w] = True
+    batch: dict[str, Any] = {}
+    batch["pixel_values"], batch["pixel_mask"] = _pad([sample["pixel_values"] for sample in samples])
+    if "teacher_pixel_values" in samples[0]:
+        images = [sample["teacher_pixel_values"] for sample in samples]
+        batch["teacher_pixel_values"], batch["teacher_pixel_mask"] = _pad(images)
     labels = {}
     for key in samples[0]["labels"]:
         values = [sample["labels"][key] for sample in samples]
-        values = [value[None] for value in values] if key in ("image_id", "orig_size") else values
+        values = [value[None] for value in values] if key in SCALARS else values
         labels[key] = (torch.cat(values), [len(value) for value in values])
-    return {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "labels": labels}
+    return {**batch, "labels": labels}
 
 
 def unpack(batch: dict[str, Any]) -> dict[str, Any]:
@@ -45,6 +48,18 @@ def unpack(batch: dict[str, Any]) -> dict[str, Any]:
     columns = {}
     for key, (joined, lengths) in batch["labels"].items():
         parts = joined.split(lengths)
-        columns[key] = [part[0] for part in parts] if key in ("image_id", "orig_size") else parts
+        columns[key] = [part[0] for part in parts] if key in SCALARS else parts
     labels = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     return {**batch, "labels": labels}
+
+
+def _pad(images: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Images (3, h, w) as (B, 3, H, W), zero where padded, and their mask (B, H, W)."""
+    height, width = max(image.shape[-2] for image in images), max(image.shape[-1] for image in images)
+    pixel_values = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    pixel_mask = torch.zeros(len(images), height, width, dtype=torch.bool)
+    for index, image in enumerate(images):
+        h, w = image.shape[-2:]
+        pixel_values[index, :, :h, :w] = image
+        pixel_mask[index, :h, :w] = True
+    return pixel_values, pixel_mask

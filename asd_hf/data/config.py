@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from ..errors import UserError
 
@@ -18,8 +18,18 @@ class DataConfig:
             "'shapes' for the generated one ('shapes?num_train=2000&num_val=400&image_size=128&seed=0')"
         },
     )
-    train_split: str = field(default="train", metadata={"help": "split to train on"})
+    train_split: str | None = field(
+        default="train", metadata={"help": "split to train on; null: train on data.unlabelled alone"}
+    )
     eval_split: str = field(default="val", metadata={"help": "split to evaluate on"})
+    unlabelled: str | None = field(
+        default=None,
+        metadata={
+            "help": "images without annotations, which train from the teacher alone: a folder of images, searched "
+            "with its subfolders, or a data set as in data.source; '#split' behind it names another split than "
+            "'train' ('data/coco#unlabeled2017'); its annotations, if any, are not read"
+        },
+    )
     box_format: str | None = field(
         default=None,
         metadata={
@@ -47,11 +57,20 @@ class DataConfig:
     fixed_size: list[int] | None = field(
         default=None, metadata={"help": "[height, width] in pixels of every image under resize: fixed"}
     )
+    teacher_size: int | list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "resolution at which the teacher sees the same augmented image: its shorter side in pixels, the "
+            "longer one capped in proportion (max_size * teacher_size / eval_size); or [height, width]; null: the "
+            "teacher sees what the student sees"
+        },
+    )
     augmentation: str = field(
         default="detr",
         metadata={
-            "help": "of training images. 'detr': flip, and for half of the images a crop before the resize (shorter "
-            "side to 400, 500 or 600, then a crop of 384 to 600, all scaled by the largest training size over 800); "
+            "help": "of training images. 'detr': flip, and for half of the images a crop before the resize (of 384 to "
+            "600 pixels where the shorter side counts 400, 500 or 600, all scaled by the largest training size over "
+            "800); "
             "'flip': flip and resize; 'none': resize",
             "choices": ["detr", "flip", "none"],
         },
@@ -77,7 +96,28 @@ class DataConfig:
             self.fixed_size is None or len(self.fixed_size) != 2 or min(self.fixed_size) < 1
         ):
             raise UserError(f"data.fixed_size is {self.fixed_size}: resize: fixed needs [height, width] in pixels")
+        if self.teacher_size is not None:
+            pair = isinstance(self.teacher_size, list)
+            sizes = self.teacher_size if pair else [self.teacher_size]
+            if (pair and len(sizes) != 2) or min(sizes) < 1:
+                raise UserError(
+                    f"data.teacher_size is {self.teacher_size}: it must be the shorter side in pixels or "
+                    "[height, width], positive, or null for the student's view"
+                )
+        if self.train_split is None and self.unlabelled is None:
+            raise UserError("data.train_split is null: without a split to train on data.unlabelled must be set")
         if self.shuffle_buffer < 1:
             raise UserError(f"data.shuffle_buffer is {self.shuffle_buffer}: at least 1 is needed")
         if self.num_eval_images is not None and self.num_eval_images < 1:
             raise UserError(f"data.num_eval_images is {self.num_eval_images}: at least 1 is needed, or null for all")
+
+
+def teacher_view(config: DataConfig) -> DataConfig:
+    """The data section with which the teacher is evaluated: resized as `teacher_size` says, else as `config`."""
+    size = config.teacher_size
+    if size is None:
+        return config
+    if isinstance(size, list):
+        return replace(config, resize="fixed", fixed_size=size, teacher_size=None)
+    cap = max(1, round(config.max_size * size / config.eval_size))
+    return replace(config, resize="multiscale", eval_size=size, max_size=cap, teacher_size=None)

@@ -2,7 +2,8 @@
 
 A row has `image` ({"bytes", "path"}, not decoded; read from `path` where `bytes` is None), `image_id`, `width` and
 `height` (pixels; None where the source does not state them) and `objects`: a dictionary of lists `bbox` ([x, y, width,
-height] in absolute pixels), `category` (class indices), `area` and `iscrowd`.
+height] in absolute pixels), `category` (class indices), `area` and `iscrowd`; or None for an image that has not been
+annotated, which is another thing than one without objects.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class RowReader(Protocol):
 
 @dataclass
 class Source:
-    """A split of a data set.
+    """A split of a data set; unlabelled images alone have no classes.
 
     `category_ids` are the data set's own ids of the classes, for result files. `shard_lengths` are the rows of each
     shard, None when only reading all of the data would tell. `fingerprint` changes when the data does.

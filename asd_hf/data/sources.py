@@ -1,4 +1,4 @@
-"""Opens a data set by its name: a generated one, a folder, or a data set on the Hub."""
+"""Opens a data set by its name: a generated one, a folder, or a data set on the Hub; with or without annotations."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from ..registry import nearest
 from .cache import build_once, cache_root, digest
 from .coco import open_coco
 from .config import DataConfig
+from .folder import open_images
+from .mixture import mark_unlabelled, mix
 from .rows import Source
 from .shapes import SPLITS, make_shapes
-from .tables import open_table
+from .tables import holds_split, open_table
 
-__all__ = ["Source", "open_source"]
+__all__ = ["Source", "open_source", "open_training_source"]
 
 SHAPES = {"num_train": 2000, "num_val": 400, "image_size": 128, "seed": 0}
 SHAPES_VERSION = 1  # of the images that the same numbers give
@@ -31,18 +33,51 @@ def open_source(source: str, split: str, config: DataConfig | None = None) -> So
     Raises:
         UserError: the source or the split does not exist, or its contents cannot be understood.
     """
-    config = config or DataConfig()
+    return _open(source, split, None if config is None else config.box_format, labelled=True)
+
+
+def open_training_source(config: DataConfig) -> Source:
+    """What `config` trains on: the labelled split, the unlabelled images, or both as one source (`mixture.mix`).
+
+    Unlabelled images alone have no classes: `class_names` and `category_ids` are empty. Their rows have no `objects`
+    (None), and bit 62 of their image ids is turned over (`mixture.mark_unlabelled`).
+
+    Raises:
+        UserError: as `open_source`, of `data.source` or `data.unlabelled`.
+    """
+    labelled = None if config.train_split is None else open_source(config.source, config.train_split, config)
+    if config.unlabelled is None:
+        return labelled
+    unlabelled = _open_unlabelled(config.unlabelled)
+    return unlabelled if labelled is None else mix(labelled, unlabelled)
+
+
+def _open_unlabelled(source: str) -> Source:
+    """A folder of images or `SOURCE#split`; a folder of this whole name comes first."""
+    folder = Path(source).expanduser()
+    name, _, split = (source, "", "") if folder.is_dir() else source.partition("#")
+    split = split or "train"
+    try:
+        if folder.is_dir() and not (folder / "annotations").is_dir() and not holds_split(folder, split):
+            return mark_unlabelled(open_images(folder))
+        return mark_unlabelled(_open(name, split, None, labelled=False))
+    except UserError as error:
+        raise UserError(f"data.unlabelled: {error}") from error
+
+
+def _open(source: str, split: str, box_format: str | None, labelled: bool) -> Source:
+    """Opens one split; without `labelled` its annotations are not read, and the rows have no `objects`."""
     if source == "shapes" or source.startswith("shapes?"):
-        return _open_shapes(source, split)
+        return _open_shapes(source, split, labelled)
     path = Path(source).expanduser()
     if (path / "annotations").is_dir():
-        return open_coco(path, split)
+        return open_coco(path, split, labelled)
     if path.is_file():
-        raise UserError(f"data.source {source!r} is a file: name the folder of the data set")
-    return open_table(source, split, config.box_format)
+        raise UserError(f"source {source!r} is a file: name the folder of the data set")
+    return open_table(source, split, box_format, labelled)
 
 
-def _open_shapes(source: str, split: str) -> Source:
+def _open_shapes(source: str, split: str, labelled: bool) -> Source:
     if split not in SPLITS:
         raise UserError(f"source 'shapes' has no split {split!r}: {nearest(split, SPLITS)}")
     options = dict(SHAPES)
@@ -53,4 +88,4 @@ def _open_shapes(source: str, split: str) -> Source:
             raise UserError(f"source {source!r}: {key} must be a whole number, not {value!r}")
         options[key] = int(value)
     folder = cache_root() / f"shapes-{digest(SHAPES_VERSION, sorted(options.items()))}"
-    return open_coco(build_once(folder, lambda new: make_shapes(new, **options)), split)
+    return open_coco(build_once(folder, lambda new: make_shapes(new, **options)), split, labelled)

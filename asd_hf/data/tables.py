@@ -57,21 +57,27 @@ class Raw:
     manifest: dict[str, Any] = field(default_factory=dict)
 
 
-def open_table(source: str, split: str, box_format: str | None) -> Source:
+def open_table(source: str, split: str, box_format: str | None, labelled: bool = True) -> Source:
     """Opens a split of a folder of `save_to_disk`, of Parquet or WebDataset shards, or of a data set on the Hub.
 
     Class names come from `manifest_<split>.json`, from a ClassLabel, or from a `category_name` beside the numbers. The
     box format is `box_format`, else the manifest's, else the only one that the first boxes allow. Rows without
     `image_id` are numbered in their order.
 
+    Args:
+        labelled: False takes the images alone, numbered in their order: objects are not read and need not be there.
+
     Raises:
         UserError: the source, the split, class names or box format are not to be found, or do not fit the rows; or
             the first boxes are relative to their images.
     """
     folder = Path(source).expanduser()
-    raw = _open_folder(folder, split) if folder.is_dir() else _open_hub(source, split)
-    names, ids, known = _classes(raw)
-    box_format = _box_format(raw, box_format or raw.manifest.get("box_format"))
+    raw = _open_folder(folder, split, labelled) if folder.is_dir() else _open_hub(source, split, labelled)
+    if labelled:
+        names, ids, known = _classes(raw)
+        box_format = _box_format(raw, box_format or raw.manifest.get("box_format"))
+    else:
+        names, ids, known, box_format = [], [], None, None
     reader = TableReader(raw.stream, raw.lengths, known, box_format == "xyxy", raw.folder, raw.repository, raw.name)
     return Source(
         stream=stream_of(reader, raw.stream.num_shards),
@@ -85,19 +91,36 @@ def open_table(source: str, split: str, box_format: str | None) -> Source:
 # -- where the rows are -----------------------------------------------------------------------------------------------
 
 
-def _open_folder(folder: Path, split: str) -> Raw:
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+def holds_split(folder: Path, split: str) -> bool:
+    """Whether `folder` was written by `save_to_disk` or has shards of `split`."""
+    return _is_saved(folder) or any(_find_shards(folder, split, suffix) for suffix in ("parquet", "tar"))
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _find_shards(folder: Path, split: str, suffix: str) -> list[Path]:
+    patterns = [f"{split}.{suffix}", f"{split}-*.{suffix}", f"data/{split}-*.{suffix}", f"{split}/*.{suffix}"]
+    return sorted(path for pattern in patterns for path in folder.glob(pattern))
+
+
+def _open_folder(folder: Path, split: str, labelled: bool) -> Raw:
+    if _is_saved(folder):
         return _open_saved(folder, split)
     manifest_file = folder / f"manifest_{split}.json"
     manifest = _read_manifest(manifest_file) if manifest_file.is_file() else {}
-    for suffix, read in (("parquet", _open_parquet), ("tar", _open_tars)):
-        patterns = [f"{split}.{suffix}", f"{split}-*.{suffix}", f"data/{split}-*.{suffix}", f"{split}/*.{suffix}"]
-        files = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    for suffix in ("parquet", "tar"):
+        files = _find_shards(folder, split, suffix)
         listed = [folder / shard["file"] for shard in manifest.get("shards", ()) if shard["file"].endswith(suffix)]
         if listed:
             _check_shards(manifest_file, manifest, listed, files)
         if files:
-            raw = read(folder, split, files)
+            raw = (
+                _open_parquet(folder, split, files)
+                if suffix == "parquet"
+                else _open_tars(folder, split, files, labelled)
+            )
             raw.manifest = manifest
             if listed:
                 raw.fingerprint = digest([shard["sha256"] for shard in manifest["shards"]])
@@ -150,22 +173,24 @@ def _open_parquet(folder: Path, split: str, files: list[Path]) -> Raw:
     )
 
 
-def _open_tars(folder: Path, split: str, files: list[Path]) -> Raw:
+def _open_tars(folder: Path, split: str, files: list[Path], labelled: bool) -> Raw:
     # Not the webdataset builder of `datasets`: it types the JSON by the first five samples, and where their boxes are
     # whole numbers it cuts the fractions off all others.
-    generate = datasets.IterableDataset.from_generator
+    generate, kwargs = datasets.IterableDataset.from_generator, {"files": [str(file) for file in files]}
     return Raw(
         name=f"{folder} ({split})",
-        stream=generate(_read_tars, gen_kwargs={"files": [str(file) for file in files]}),
+        stream=generate(_read_tars, gen_kwargs={**kwargs, "labelled": labelled}),
         lengths=None,
         fingerprint=digest([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]),
-        annotations=generate(_read_tars, gen_kwargs={"files": [str(file) for file in files], "with_images": False}),
+        annotations=generate(_read_tars, gen_kwargs={**kwargs, "with_images": False}),
         folder=folder,
     )
 
 
-def _read_tars(files: list[str], with_images: bool = True) -> Iterator[dict[str, Any]]:
-    """Samples of WebDataset tars: neighbouring members whose names agree up to the first dot, one of them JSON."""
+def _read_tars(files: list[str], with_images: bool = True, labelled: bool = True) -> Iterator[dict[str, Any]]:
+    """Samples of WebDataset tars: neighbouring members whose names agree up to the first dot, one of them JSON if
+    they are `labelled`.
+    """
     for file in files:
         try:
             with tarfile.open(file, "r|*") as archive:
@@ -177,7 +202,7 @@ def _read_tars(files: list[str], with_images: bool = True) -> Iterator[dict[str,
                             row |= json.loads(archive.extractfile(member).read())
                         elif suffix in IMAGE_COLUMNS and with_images:
                             row["image"] = {"bytes": archive.extractfile(member).read(), "path": member.name}
-                    if not any(column in row for column in OBJECT_COLUMNS):
+                    if labelled and not any(column in row for column in OBJECT_COLUMNS):
                         raise UserError(f"{file}: sample {key!r} has no .json with its objects")
                     yield {"row": row}
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
@@ -191,7 +216,7 @@ def _key_and_suffix(name: str) -> tuple[str, str]:
     return str(PurePosixPath(name).parent / base), suffix.lower()
 
 
-def _open_hub(source: str, split: str) -> Raw:
+def _open_hub(source: str, split: str, labelled: bool = True) -> Raw:
     """A data set on the Hub. Where it lies there as Parquet, its lengths are known; else they are None.
 
     Lengths that cannot be read are an error, not None: ranks that disagree on them would wait for each other.
@@ -206,13 +231,13 @@ def _open_hub(source: str, split: str) -> Raw:
         fingerprint = digest(source, split, str(stream.info.version), sorted(stream.info.download_checksums or ()))
     except Exception as error:  # whatever the Hub's client and the network raise
         raise UserError(
-            f"data.source {source!r}, split {split!r}: no such folder, and not to be had from the Hub: "
+            f"source {source!r}, split {split!r}: no such folder, and not to be had from the Hub: "
             f"{type(error).__name__}: {_first_line(error)}"
         ) from error
     inferred = _leaf(_find((stream.features or {}).get("json") or {}, OBJECT_COLUMNS)) or {}
-    if any(_leaf(inferred[name]).dtype.startswith("int") for name in BOX_FIELDS if name in inferred):
+    if labelled and any(_leaf(inferred[name]).dtype.startswith("int") for name in BOX_FIELDS if name in inferred):
         raise UserError(
-            f"data.source {source!r}: its first boxes are whole numbers, and `datasets` would cut off the fractions "
+            f"source {source!r}: its first boxes are whole numbers, and `datasets` would cut off the fractions "
             "of the others: download its tar files and give their folder"
         )
     if stream.features:
@@ -273,7 +298,7 @@ class TableReader:
 
     stream: datasets.IterableDataset
     lengths: list[int] | None
-    known: dict[int | str, int]  # a category as it is stored -> class index
+    known: dict[int | str, int] | None  # a category as it is stored -> class index; None does not read the objects
     corners: bool  # boxes are stored as two corners
     folder: Path | None
     repository: str | None
@@ -286,13 +311,21 @@ class TableReader:
             yield self.row(_flat(stored), number)
 
     def row(self, stored: dict[str, Any], number: int) -> dict[str, Any]:
-        image_id = stored.get("image_id")
+        image_id = None if self.known is None else stored.get("image_id")
         image_id = number if image_id is None else image_id
         name = f"{self.name}: image {image_id}"
         if not isinstance(image_id, int):
             raise UserError(f"{self.name}: image_id {image_id!r} of row {number} is not an integer")
-        image = self._image(_find(stored, IMAGE_COLUMNS), name)
-        objects = _objects(stored, name)
+        return {
+            "image": self._image(_find(stored, IMAGE_COLUMNS), name),
+            "image_id": image_id,
+            "width": stored.get("width"),
+            "height": stored.get("height"),
+            "objects": None if self.known is None else self._checked(_objects(stored, name), name),
+        }
+
+    def _checked(self, objects: dict[str, Any], name: str) -> dict[str, list]:
+        """The objects of image `name` with boxes as xywh and categories as class indices."""
         boxes = objects.pop("bbox")
         for index, box in enumerate(boxes):
             if not _is_box(box):
@@ -317,13 +350,7 @@ class TableReader:
             raise UserError(
                 f"{name}: {count} boxes, but {len(categories)} categories, {len(area)} areas, {len(crowd)} iscrowd"
             )
-        return {
-            "image": image,
-            "image_id": image_id,
-            "width": stored.get("width"),
-            "height": stored.get("height"),
-            "objects": {"bbox": boxes, "category": categories, "area": area, "iscrowd": crowd},
-        }
+        return {"bbox": boxes, "category": categories, "area": area, "iscrowd": crowd}
 
     def _image(self, image: Any, name: str) -> dict[str, Any]:
         """The encoded bytes of an image, read from its file if the row only names one."""

@@ -1,9 +1,13 @@
-"""Encoded rows to samples: decoding, augmentation and resizing, by `torchvision.transforms.v2` on tv_tensors."""
+"""Encoded rows to samples: decoding, augmentation and resizing, by the kernels of `torchvision.transforms.v2`.
+
+What is done to a training image is drawn first and then done to its original pixels, once for each view of it.
+"""
 
 from __future__ import annotations
 
 import io
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,75 +15,70 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from transformers.image_transforms import get_size_with_aspect_ratio
 
 from ..errors import UserError
-from .config import DataConfig
+from .config import DataConfig, teacher_view
 
 DEEP_MODES = ("I", "F")  # PIL's modes beyond 8 bits a channel begin so; converting them to RGB would clip
 
 
-class ResizeShortest(v2.Transform):
-    """Resizes the shorter side to one of `sizes`, drawn at random, rounding as Transformers' image processors do.
+@dataclass(frozen=True)
+class Geometry:
+    """What is done to one image: a flip, a crop, and one resize of its original pixels for the student's view."""
 
-    Args:
-        sizes: shorter sides in pixels.
-        max_size: cap of the longer side in pixels, or None for none.
+    flip: bool
+    window: tuple[int, int, int, int]  # top, left, height, width in pixels of the flipped image
+    size: tuple[int, int]  # (height, width) of the student's view
+
+
+def draw_geometry(config: DataConfig, height: int, width: int) -> Geometry:
+    """Draws the augmentation of a training image of `height` x `width` pixels, by torch's CPU generator."""
+    flip = config.augmentation != "none" and bool(torch.rand(1) < 0.5)
+    window = (0, 0, height, width)
+    if config.augmentation == "detr" and int(torch.multinomial(torch.tensor([0.5, 0.5]), 1)):
+        window = draw_window(config, height, width)
+    if config.resize == "fixed":
+        return Geometry(flip, window, tuple(config.fixed_size))
+    size = config.train_sizes[int(torch.randint(len(config.train_sizes), ()))]
+    return Geometry(flip, window, resized(*window[2:], size, config.max_size))
+
+
+def evaluation_size(config: DataConfig, height: int, width: int) -> tuple[int, int]:
+    """(height, width) to which evaluation resizes an image."""
+    if config.resize == "fixed":
+        return tuple(config.fixed_size)
+    return resized(height, width, config.eval_size, config.max_size)
+
+
+def draw_window(config: DataConfig, height: int, width: int) -> tuple[int, int, int, int]:
+    """Draws the crop of DETR (Carion et al., 2020, `datasets/transforms.py`): (top, left, height, width).
+
+    There the image is resized to a shorter side of 400, 500 or 600 pixels before a window of 384 to 600 is cut, each
+    side as far as the image reaches. Here that window is mapped back to the original pixels, so that each view is
+    resized once, from all that the image has.
     """
-
-    def __init__(self, sizes: list[int], max_size: int | None) -> None:
-        super().__init__()
-        self.sizes, self.max_size = sizes, max_size
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        size = self.sizes[int(torch.randint(len(self.sizes), ()))]
-        height, width = get_size_with_aspect_ratio(v2.query_size(flat_inputs), size, self.max_size)
-        return {"size": [max(1, height), max(1, width)]}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return self._call_kernel(F.resize, inpt, params["size"], antialias=True)
-
-
-class RandomSizeCrop(v2.Transform):
-    """Crops a window whose sides are drawn from [min_size, max_size] pixels, each as far as the image reaches.
-
-    The crop of DETR (Carion et al., 2020, `datasets/transforms.py`).
-    """
-
-    def __init__(self, min_size: int, max_size: int) -> None:
-        super().__init__()
-        self.min_size, self.max_size = min_size, max_size
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        window = []
-        for side in v2.query_size(flat_inputs):
-            high = min(side, self.max_size)
-            length = int(torch.randint(min(self.min_size, high), high + 1, ()))
-            window.append((int(torch.randint(side - length + 1, ())), length))
-        (top, height), (left, width) = window
-        return {"top": top, "left": left, "height": height, "width": width}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return self._call_kernel(F.crop, inpt, **params)
-
-
-def build_transform(config: DataConfig, training: bool) -> v2.Transform:
-    """The augmentation and the resize of `config`. Boxes that a crop leaves without area are not taken out."""
-    fixed = config.resize == "fixed"
-    sizes = config.train_sizes if training else [config.eval_size]
-    resize = v2.Resize(config.fixed_size, antialias=True) if fixed else ResizeShortest(sizes, config.max_size)
-    if not training or config.augmentation == "none":
-        return resize
-    flip = v2.RandomHorizontalFlip()
-    if config.augmentation == "flip":
-        return v2.Compose([flip, resize])
     # DETR's numbers belong to shorter sides of up to 800 pixels
-    scale = (min(config.fixed_size) if fixed else max(config.train_sizes)) / 800
-    before, (low, high) = [max(1, round(s * scale)) for s in (400, 500, 600)], [round(s * scale) for s in (384, 600)]
-    crop = v2.Compose([ResizeShortest(before, None), RandomSizeCrop(max(1, low), max(1, high)), resize])
-    return v2.Compose([flip, v2.RandomChoice([resize, crop])])
+    scale = (min(config.fixed_size) if config.resize == "fixed" else max(config.train_sizes)) / 800
+    sizes, (low, high) = [max(1, round(s * scale)) for s in (400, 500, 600)], [round(s * scale) for s in (384, 600)]
+    canvas = resized(height, width, sizes[int(torch.randint(len(sizes), ()))], None)
+    spans = []
+    for side, original in zip(canvas, (height, width), strict=True):
+        longest = min(side, max(1, high))
+        length = int(torch.randint(min(max(1, low), longest), longest + 1, ()))
+        first = int(torch.randint(side - length + 1, ()))
+        begin = min(round(first * original / side), original - 1)
+        end = max(round((first + length) * original / side), begin + 1)
+        spans.append((begin, end - begin))
+    (top, height), (left, width) = spans
+    return top, left, height, width
+
+
+def resized(height: int, width: int, size: int, max_size: int | None) -> tuple[int, int]:
+    """(height, width) with a shorter side of `size` and no longer one than `max_size`, as Transformers rounds them."""
+    height, width = get_size_with_aspect_ratio((height, width), size, max_size)
+    return max(1, height), max(1, width)
 
 
 def resize_spec(config: DataConfig) -> dict[str, int]:
@@ -93,16 +92,19 @@ class RowTransform:
     """Turns an encoded row of a `Source` into a sample for `collate`.
 
     Every random choice is a function of (seed, epoch, image_id) alone: neither the worker nor the order of the rows
-    changes what is done to an image. Crowd boxes and boxes without area inside the image give no label.
+    nor `teacher_size` changes what is done to an image. Crowd boxes and boxes without area inside the image give no
+    label.
 
     Args:
-        training: whether to augment; otherwise the labels carry the ground truth for evaluation.
+        training: whether to augment and to make the teacher's view, if `config.teacher_size` asks for one; otherwise
+            the labels carry the ground truth for evaluation. The teacher is evaluated with `teacher_view(config)`.
         label_map: the model's class index of each class index of the source, for labels and ground truth; None keeps
             the source's.
     """
 
     def __init__(self, config: DataConfig, training: bool, seed: int = 0, label_map: list[int] | None = None) -> None:
-        self.transform, self.training = build_transform(config, training), training
+        self.config, self.training = config, training
+        self.teacher = teacher_view(config) if training and config.teacher_size is not None else None
         self.seed, self.epoch = seed, 0
         self.label_map = None if label_map is None else torch.tensor(label_map)
 
@@ -111,40 +113,59 @@ class RowTransform:
         self.epoch = epoch
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """One sample: `pixel_values` uint8 (3, h, w) and `labels` as the collated batch has them.
+        """One sample: `pixel_values` uint8 (3, h, w), `labels` as the collated batch has them, and the teacher's view
+        `teacher_pixel_values` uint8 (3, h', w') where there is one.
 
         Raises:
-            UserError: the image cannot be decoded, or has another size than its annotation says.
+            UserError: the image cannot be decoded, has another size than its annotation says, or is to be evaluated
+                and has no annotations.
         """
+        objects = row["objects"]
+        if objects is None and not self.training:
+            raise UserError(
+                f"{_name(row)} of split {self.config.eval_split!r} has no annotations: it cannot be evaluated"
+            )
+        labelled = objects is not None
+        objects = objects if labelled else {"bbox": [], "category": [], "iscrowd": []}
         image = decode(row)
         height, width = image.shape[-2:]
-        objects = row["objects"]
         categories = torch.tensor(objects["category"], dtype=torch.int64)
         if self.label_map is not None:
             categories = self.label_map[categories]
         raw = torch.tensor(objects["bbox"], dtype=torch.float64).reshape(-1, 4)
         crowd = torch.tensor(objects["iscrowd"], dtype=torch.bool)
 
-        corners = torch.cat([raw[:, :2], raw[:, :2] + raw[:, 2:]], 1).float()
+        corners = torch.cat([raw[:, :2], raw[:, :2] + raw[:, 2:]], 1)
         boxes = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(height, width))
         boxes = F.clamp_bounding_boxes(boxes, clamping_mode="hard")
-        with seeded(self.seed, self.epoch, row["image_id"]):
-            pixels, boxes = self.transform(tv_tensors.Image(image), boxes)
-        h, w = pixels.shape[-2:]
+        if self.training:
+            with seeded(self.seed, self.epoch, row["image_id"]):
+                geometry = draw_geometry(self.config, height, width)
+        else:
+            geometry = Geometry(False, (0, 0, height, width), evaluation_size(self.config, height, width))
+        if geometry.flip:
+            image, boxes = F.horizontal_flip(image), F.horizontal_flip(boxes)
+        image, boxes = F.crop(image, *geometry.window), F.crop(boxes, *geometry.window)
+        h, w = geometry.window[2:]
         boxes = boxes.as_subclass(Tensor)
         size = boxes[:, 2:] - boxes[:, :2]
         keep = (size > 0).all(1) & ~crowd
         boxes = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, size], 1) / torch.tensor([w, h, w, h])
         labels = {
             "class_labels": categories[keep],
-            "boxes": boxes[keep],
+            "boxes": boxes[keep].float(),
             "image_id": torch.tensor(row["image_id"]),
             "orig_size": torch.tensor([height, width]),
         }
-        if not self.training:
+        if self.training:
+            labels["labelled"] = torch.tensor(labelled)
+        else:
             area = torch.tensor(objects["area"], dtype=torch.float64)
             labels["ground_truth"] = torch.cat([raw, torch.stack([area, crowd.double(), categories.double()], 1)], 1)
-        return {"pixel_values": pixels.as_subclass(Tensor), "labels": labels}
+        sample = {"pixel_values": F.resize(image, geometry.size, antialias=True), "labels": labels}
+        if self.teacher is not None:
+            sample["teacher_pixel_values"] = F.resize(image, evaluation_size(self.teacher, h, w), antialias=True)
+        return sample
 
 
 def decode(row: dict[str, Any]) -> Tensor:
@@ -154,8 +175,7 @@ def decode(row: dict[str, Any]) -> Tensor:
         UserError: the file is missing, is no image, has more than 8 bits a channel, or has another size than its
             annotation says.
     """
-    image = row["image"]
-    name = f"image {row['image_id']} ({image['path'] or 'no file name'})"
+    image, name = row["image"], _name(row)
     try:
         with Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as file:
             if file.mode.startswith(DEEP_MODES):
@@ -174,6 +194,10 @@ def decode(row: dict[str, Any]) -> Tensor:
             "correct the annotation (its boxes may belong to another size or orientation)"
         )
     return pixels
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"image {row['image_id']} ({row['image']['path'] or 'no file name'})"
 
 
 @contextmanager
