@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from .classes import SharedClasses
 from .criterion import DetectionCriterion
 from .detectors.base import DetectorAdapter, DetectorOutput
 from .methods.base import DistillationMethod
@@ -17,7 +18,7 @@ from .methods.base import DistillationMethod
 class DistillerOutput(ModelOutput):
     loss: Tensor | None = None
     losses: dict[str, Tensor] | None = None  # named, weighted scalars; `loss` is their sum
-    gradient_share: Tensor | None = None  # see `Distiller.forward`
+    gradient_norms: dict[str, Tensor] | None = None  # see `Distiller.forward`
 
 
 class Distiller(nn.Module):
@@ -35,10 +36,11 @@ class Distiller(nn.Module):
         adapter: DetectorAdapter,
         criterion: DetectionCriterion | None,
         method: DistillationMethod | None = None,
+        classes: SharedClasses | None = None,
     ) -> None:
         super().__init__()
         self.student, self.method = adapter.model, method
-        self.adapter, self.criterion = adapter, criterion
+        self.adapter, self.criterion, self.classes = adapter, criterion, classes
 
     @property
     def config(self):
@@ -53,17 +55,20 @@ class Distiller(nn.Module):
         pixel_mask: Tensor,
         labels: list[dict],
         teacher: DetectorOutput | None = None,
-        measure_gradient_share: bool = False,
+        measure_gradients: bool = False,
     ) -> DistillerOutput:
         """Detection loss of the student, and the method's losses when the teacher's predictions are given.
 
         Args:
             pixel_values: (B, 3, H, W) uint8.
             pixel_mask: (B, H, W) bool, true where the image is.
-            labels: one dictionary an image with `class_labels` (T,) and `boxes` (T, 4), cxcywh in [0, 1].
-            teacher: predictions on the same images, classes in the student's order.
-            measure_gradient_share: also give |g_m| / (|g_m| + |g_t|), the share of the method's losses in the gradient
-                at the student's predictions; it costs a backward pass through the losses alone.
+            labels: one dictionary an image with `class_labels` (T,) and `boxes` (T, 4), cxcywh in [0, 1]; images whose
+                `labelled` is false have none and train from the teacher alone.
+            teacher: predictions on the same images, reduced to the shared classes (`SharedClasses.teacher`).
+            measure_gradients: also give the norm of the gradient of each of the method's losses, of all of them
+                ("distillation") and of the detection loss ("detection"): at the student's predictions, at the cost of
+                backward passes through the losses alone; in families with their own loss, which is not computed of
+                these predictions alone, at the feature maps.
         """
         if self.criterion is None:
             student = self.adapter(pixel_values, pixel_mask, labels)
@@ -71,17 +76,22 @@ class Distiller(nn.Module):
         else:
             student = self.adapter(pixel_values, pixel_mask)
             task = self.criterion(student, labels)
-        imitation = {} if teacher is None else self.method(student, teacher, labels)
-        share = None
-        if measure_gradient_share and imitation:
-            share = _gradient_share(sum(imitation.values()), sum(task.values()), [student.logits, student.boxes])
+        imitation = {}
+        if teacher is not None:
+            shared = self.classes
+            view, known = (student, labels) if shared is None else (shared.student(student), shared.labels(labels))
+            imitation = self.method(view, teacher, known)
+        norms = None
+        if measure_gradients and imitation:
+            terms = imitation | {"distillation": sum(imitation.values()), "detection": sum(task.values())}
+            place = student.features if self.criterion is None else [student.logits, student.boxes]
+            norms = {name: _gradient_norm(loss, place) for name, loss in terms.items()}
         losses = task | imitation
-        return DistillerOutput(sum(losses.values()), losses, share)
+        return DistillerOutput(sum(losses.values()), losses, norms)
 
 
-def _gradient_share(imitation: Tensor, task: Tensor, outputs: list[Tensor]) -> Tensor:
-    norms = []
-    for loss in (imitation, task):
-        gradients = torch.autograd.grad(loss, outputs, retain_graph=True, materialize_grads=True)
-        norms.append(torch.stack([g.float().norm() for g in gradients]).norm())
-    return norms[0] / (norms[0] + norms[1]).clamp(min=1e-12)
+def _gradient_norm(loss: Tensor, place: list[Tensor]) -> Tensor:
+    if not loss.requires_grad:
+        return torch.zeros_like(loss)
+    gradients = torch.autograd.grad(loss, place, retain_graph=True, materialize_grads=True)
+    return torch.stack([g.float().norm() for g in gradients]).norm()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,19 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import LongTensor, nn
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoBackbone,
     AutoConfig,
     AutoImageProcessor,
     AutoModelForObjectDetection,
+    AutoModelForZeroShotObjectDetection,
+    AutoProcessor,
     PreTrainedConfig,
 )
 
+from .classes import find_classes, short_list
 from .detectors import ADAPTERS, adapter_class, get_adapter
 from .detectors.base import DetectorAdapter
 from .errors import UserError
@@ -32,6 +35,7 @@ logger = logging.getLogger(__name__)
 # Teachers that ship with the package, by the name of the data set they know.
 PACKAGED = {"shapes": Path(__file__).parent / "assets" / "shapes_teacher"}
 
+_PROCESSOR = {False: "image processor", True: "processor with a tokenizer"}
 _NOT_ARCHITECTURE = {
     *("_name_or_path", "architectures", "dtype", "id2label", "label2id", "model_type", "problem_type"),
     "transformers_version",
@@ -79,19 +83,30 @@ class ModelConfig:
         None, "Hub id or folder of the teacher, or 'shapes' for the packaged one; null: train without one"
     )
     student: StudentConfig | str = _option(StudentConfig, "Hub id or folder of the student, or how to build one")
+    class_map: dict[str, str] = _option(
+        dict, "What the teacher calls a class of the data, where the names differ: {motorbike: motorcycle}"
+    )
 
 
 def load_teacher(name: str, key: str = "model.teacher") -> tuple[nn.Module, Any]:
-    """A frozen detector in eval mode and its image processor, of a Hub id, a folder or a key of `PACKAGED`.
+    """A frozen detector in eval mode and its processor, of a Hub id, a folder or a key of `PACKAGED`.
 
     Args:
         key: where the name stands, for the message.
 
     Raises:
-        UserError: no such model, or it is no detector of a known family, lacks weights or an image processor.
+        UserError: no such model, or it is no detector of a known family, lacks weights or a processor.
     """
     model, processor = _load_detector(str(PACKAGED.get(name, name)), key)
     return model.requires_grad_(False).eval(), processor
+
+
+def prompt_teacher(
+    teacher: DetectorAdapter, class_names: Sequence[str], class_map: Mapping[str, str] | None = None
+) -> None:
+    """Tells a teacher of open vocabulary to look for `class_names`, by the names that `class_map` has for it."""
+    if teacher.open_vocabulary:
+        teacher.prompt([(class_map or {}).get(name, name) for name in class_names])
 
 
 def build_student(
@@ -123,13 +138,22 @@ def build_student(
                 raise UserError(f"model.student.{name} is for a new student: {config.checkpoint} is loaded as it is")
         model, processor = _load_detector(config.checkpoint, "model.student.checkpoint", size=dict(size))
         student, pretrained = get_adapter(model, processor), True
+        if student.open_vocabulary:
+            raise UserError(
+                f"model.student: {config.checkpoint} is a {model.config.model_type}: it can only be a teacher"
+            )
     else:
         if config.copy_weights and teacher is None:
             raise UserError("model.student.copy_weights needs model.teacher")
+        if config.copy_weights and teacher.open_vocabulary:
+            raise UserError(
+                f"model.student.copy_weights: no student has the form of a {teacher_model.config.model_type}"
+            )
         names = teacher.spec.class_names if config.copy_weights else tuple(class_names)
         architecture = _architecture(config, teacher_model, names)
         model = _new_model(architecture)
-        student = get_adapter(model, _new_processor(config, architecture.model_type, teacher_processor, size))
+        known = None if teacher is None else teacher.processor
+        student = get_adapter(model, _new_processor(config, architecture.model_type, known, size))
         student.reset_transformer()
         student.reset_heads()
         if config.copy_weights:
@@ -155,26 +179,6 @@ def build_student(
         )
     freeze_backbone(student, stages)
     return model.train(), student.processor
-
-
-def align_classes(
-    names: Sequence[str], known: Sequence[str], asker: str = "the student", owner: str = "the teacher"
-) -> LongTensor:
-    """Which of the `known` classes each of `names` is: case, outer spaces, `_` and `-` make no difference.
-
-    Args:
-        asker, owner: whose `names` and `known` are, for the message.
-
-    Raises:
-        UserError: some of `names` are not known, or one stands twice among the known.
-    """
-    rows = find_classes(names, known)
-    missing = [name for name, row in zip(names, rows, strict=True) if row is None]
-    if len(missing) == len(names):
-        raise UserError(f"{owner} and {asker} share no class: {owner} has {_short(known)}, {asker} {_short(names)}")
-    if missing:
-        raise UserError(f"{owner} lacks {len(missing)} of the {len(names)} classes of {asker}: {_short(missing)}")
-    return torch.tensor(rows)
 
 
 def freeze_backbone(adapter: DetectorAdapter, frozen_stages: int) -> list[str]:
@@ -291,44 +295,29 @@ def _set_classes(student: DetectorAdapter, class_names: tuple[str, ...]) -> None
         len(class_names),
         len(class_names) - len(fresh),
         len(fresh),
-        f" ({_short(fresh)})" if fresh else "",
+        f" ({short_list(fresh)})" if fresh else "",
     )
     student.replace_classes(class_names, rows)
 
 
-def find_classes(wanted: Sequence[str], known: Sequence[str]) -> list[int | None]:
-    """Where each of `wanted` stands in `known`, or None."""
-    keys = [_key(name) for name in known]
-    for name in wanted:
-        if keys.count(_key(name)) > 1:
-            raise UserError(f"class {name!r} stands more than once among {_short(known)}")
-    return [keys.index(_key(name)) if _key(name) in keys else None for name in wanted]
-
-
-def _key(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
-
-
-def _short(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
-
-
 def _load_detector(name: str, key: str, **processor_options) -> tuple[nn.Module, Any]:
     config = _load_config(name, key)
-    adapter_class(config.model_type)
+    open_vocabulary = adapter_class(config.model_type).open_vocabulary
+    auto_model = AutoModelForZeroShotObjectDetection if open_vocabulary else AutoModelForObjectDetection
+    auto_processor = AutoProcessor if open_vocabulary else AutoImageProcessor
     try:
         # Half-precision weights would be loaded as such, and detectors need fp32 ones and autocast.
-        model, report = AutoModelForObjectDetection.from_pretrained(
+        model, report = auto_model.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{key}: {name} cannot be loaded as a detector: {_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
-        raise UserError(f"{key}: {name} lacks {len(missing)} weights of {type(model).__name__}: {_short(missing)}")
+        raise UserError(f"{key}: {name} lacks {len(missing)} weights of {type(model).__name__}: {short_list(missing)}")
     try:
-        processor = AutoImageProcessor.from_pretrained(name, **processor_options)
+        processor = auto_processor.from_pretrained(name, **processor_options)
     except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {name} has no image processor: save one beside the model") from error
+        raise UserError(f"{key}: {name} has no {_PROCESSOR[open_vocabulary]}: save one beside the model") from error
     return model, processor
 
 
@@ -357,7 +346,10 @@ def _architecture(
     else:
         base = _load_config(config.base, "model.student.base")
     sizes = {name: getattr(config, name) for name in ("encoder_layers", "decoder_layers", "num_queries", "d_model")}
-    values = adapter_class(base.model_type).config_values(**sizes)
+    family = adapter_class(base.model_type)
+    if family.open_vocabulary:
+        raise UserError(f"a {base.model_type} can only be a teacher: set model.student.base to another architecture")
+    values = family.config_values(**sizes)
     known = base.to_dict()
     valid = set(known) - _NOT_ARCHITECTURE
     for name in config.config:
@@ -367,8 +359,10 @@ def _architecture(
             raise UserError(f"model.student.config.{name} contradicts the option model.student has for it: give one")
     values |= config.config
     # As many of the last stages as the architecture takes of its own backbone.
-    indices = [-n for n in range(len(base.backbone_config.out_indices), 0, -1)]
+    indices = [-n for n in range(len(base.backbone_config.out_indices), 0, -1)] if "backbone_config" in valid else []
     if config.backbone is not None:
+        if not indices:
+            raise UserError(f"model.student.backbone: a {base.model_type} is one transformer and has no backbone")
         if "backbone_config" in config.config:
             raise UserError("give model.student.backbone or model.student.config.backbone_config, not both")
         values["backbone_config"] = _backbone_config(config.backbone, indices)
@@ -376,6 +370,8 @@ def _architecture(
         raise UserError("model.student.pretrained_backbone needs model.student.backbone")
     elif "backbone_config" in values and not {"out_features", "out_indices"} & set(values["backbone_config"]):
         values["backbone_config"] = values["backbone_config"] | {"out_indices": indices}
+    if "backbone_config" in values:
+        values = family.backbone_values(_channels(values["backbone_config"])) | values
     names = {
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: i for i, name in enumerate(class_names)},
@@ -401,6 +397,15 @@ def _backbone_config(backbone: str, indices: list[int]) -> dict[str, Any]:
     return {k: v for k, v in found.items() if k not in ("out_features", "stage_names")} | {"out_indices": indices}
 
 
+def _channels(backbone_config: dict[str, Any]) -> list[int]:
+    """Of the feature maps that a backbone gives."""
+    try:
+        with torch.device("meta"):
+            return list(AutoBackbone.from_config(AutoConfig.for_model(**backbone_config)).channels)
+    except (StrictDataclassError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"model.student: no backbone can be built of {backbone_config}: {_line(error)}") from error
+
+
 def _new_model(architecture: PreTrainedConfig) -> nn.Module:
     try:
         return AutoModelForObjectDetection.from_config(architecture, dtype=torch.float32)
@@ -415,7 +420,7 @@ def _new_processor(config: StudentConfig, model_type: str, teacher_processor, si
     known = teacher_processor
     if config.pretrained_backbone and timm.is_model(config.backbone):
         weights = timm.get_pretrained_cfg(config.backbone)
-        options |= {"image_mean": list(weights.mean), "image_std": list(weights.std)}
+        options |= {"do_normalize": True, "image_mean": list(weights.mean), "image_std": list(weights.std)}
         known = None
     elif config.pretrained_backbone:
         try:
@@ -441,7 +446,7 @@ def _load_backbone_weights(student: DetectorAdapter, backbone: str, backbone_con
                 backbone, config=backbone_config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
             if missing := sorted(report["missing_keys"]):
-                raise ValueError(f"it lacks {_short(missing)}")
+                raise ValueError(f"it lacks {short_list(missing)}")
         student.backbone.load_state_dict(_state(donor))
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"model.student: no weights of backbone {backbone}: {_line(error)}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, Traine
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput, get_last_checkpoint
 
+from .classes import SharedClasses
 from .config import TrainingConfig
 from .criterion import DetectionCriterion
 from .data import DetectionStream, build_loader
@@ -27,7 +28,6 @@ from .errors import UserError
 from .evaluation import STATS, evaluate_detector
 from .hub import public_config, write_model_card
 from .methods import DistillationMethod
-from .student import align_classes
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +47,14 @@ class DistillationTrainer(Trainer):
         train_dataset: stream of training samples; its class indices are the student's.
         eval_dataset: stream of evaluation samples with their ground truth.
         category_ids: the data set's own id of each class index; 1 to C by default.
+        class_map: what the teacher calls a class of the student, where the names differ.
         run_config: YAML of the whole run, stored beside each checkpoint.
         card: what the model card says beyond the run's own figures, see `hub.write_model_card`.
         **kwargs: passed on to Transformers' Trainer (callbacks, optimizers, ...).
 
     Raises:
-        UserError: teacher without method or the reverse, no class in common, several GPUs in one process, FSDP
-            or DeepSpeed.
+        UserError: teacher without method or the reverse, no class in common, a method made for other classes than
+            those in common, several GPUs in one process, FSDP or DeepSpeed.
     """
 
     loss_is_scaled_for_ga = False  # losses are means over a micro-batch: Trainer divides by the accumulation steps
@@ -67,6 +68,7 @@ class DistillationTrainer(Trainer):
         train_dataset: DetectionStream | None = None,
         eval_dataset: DetectionStream | None = None,
         category_ids: Sequence[int] | None = None,
+        class_map: Mapping[str, str] | None = None,
         run_config: str | None = None,
         card: dict | None = None,
         **kwargs,
@@ -85,11 +87,21 @@ class DistillationTrainer(Trainer):
             criterion = DetectionCriterion.from_config(student.model.config, student.spec.activation, weight)
         elif args.class_loss_weight is not None:
             raise UserError(
-                f"training.class_loss_weight does not apply to {student.spec.family}, which is trained by Transformers' "
-                "own loss: remove it, and set the weights in model.student.config"
+                f"training.class_loss_weight does not apply to {student.spec.family}, which is trained by "
+                "Transformers' own loss: remove it, and set the weights in model.student.config"
             )
+        classes = None
+        if teacher is not None:
+            classes = SharedClasses(student.spec, teacher.spec, class_map).to(args.device)
+            teacher.model.requires_grad_(False).eval().to(args.device)
+            if method.class_names != classes.names:
+                raise UserError(
+                    f"the method was made for {len(method.class_names)} classes, but teacher and student share "
+                    f"{len(classes.names)}: make it with SharedClasses(...).specs(student.spec, teacher.spec)"
+                )
+        self.classes, self.class_map = classes, class_map
         super().__init__(
-            model=Distiller(student, criterion, method),
+            model=Distiller(student, criterion, method, classes),
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -98,12 +110,6 @@ class DistillationTrainer(Trainer):
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise UserError("FSDP and DeepSpeed are not supported: start with distributed_type MULTI_GPU")
-        self.teacher_columns: Tensor | None = None
-        if teacher is not None:
-            teacher.model.requires_grad_(False).eval().to(self.args.device)
-            columns = align_classes(student.spec.class_names, teacher.spec.class_names)
-            if columns.tolist() != list(range(len(teacher.spec.class_names))):
-                self.teacher_columns = columns.to(self.args.device)
         self.ema: EMACallback | None = None
         if args.ema_decay:
             self.ema = EMACallback(student.model, args.ema_decay)
@@ -150,7 +156,11 @@ class DistillationTrainer(Trainer):
         measure = self.method is not None and (self.state.global_step + 1) % max(int(self.state.logging_steps), 1) == 0
         if self.method is not None:
             self.method.step = self.state.global_step
-        outputs = model(**inputs, teacher=self.ask_teacher(inputs), measure_gradient_share=measure)
+        outputs = model(
+            **{key: inputs[key] for key in ("pixel_values", "pixel_mask", "labels")},
+            teacher=self.ask_teacher(inputs),
+            measure_gradients=measure,
+        )
         if self.args.logging_strategy != IntervalStrategy.NO:
             self._collect(outputs)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
@@ -161,19 +171,21 @@ class DistillationTrainer(Trainer):
         if self.method is not None:
             kind = type(self.method).__name__.lower()
             scalars |= {f"{kind}/{name}": value for name, value in self.method.statistics.items()}
-        if outputs.gradient_share is not None:
-            scalars["distillation_gradient_share"] = outputs.gradient_share
+        if outputs.gradient_norms is not None:
+            ours, task = outputs.gradient_norms["distillation"], outputs.gradient_norms["detection"]
+            scalars["distillation_gradient_share"] = ours / (ours + task).clamp(min=1e-12)
         for name, value in scalars.items():
             self._scalars[name].append(value)
 
     @torch.no_grad()
     def ask_teacher(self, inputs: dict) -> DetectorOutput | None:
-        """The teacher's predictions on a batch, its classes in the student's order."""
+        """The teacher's predictions on its own view of a batch, reduced to the classes that it shares."""
         if self.teacher is None:
             return None
+        view = "teacher_" if "teacher_pixel_values" in inputs else ""
         with self.accelerator.autocast():
-            output = self.teacher(inputs["pixel_values"], inputs["pixel_mask"])
-        return output if self.teacher_columns is None else output.select_classes(self.teacher_columns)
+            output = self.teacher(inputs[view + "pixel_values"], inputs[view + "pixel_mask"])
+        return self.classes.teacher(output)
 
     def create_optimizer(self, model=None):
         """AdamW in few groups: backbone and sampling points at a fraction of the rate, the method at its own."""
@@ -302,6 +314,7 @@ class DistillationTrainer(Trainer):
                 self.get_eval_dataloader() if dataloader is None else dataloader,
                 class_names=self.adapter.spec.class_names,
                 category_ids=self.category_ids,
+                class_map=self.class_map if adapter is self.teacher else None,
                 device=self.args.device,
                 progress=not self.args.disable_tqdm and self.is_world_process_zero(),
             )

@@ -10,8 +10,8 @@ LAYERS = [
     {"errors", "registry", "ops"},
     {"detectors"},
     {"methods"},
-    {"criterion", "distiller", "ema", "student", "data", "evaluation", "hub"},
-    {"config", "trainer"},
+    {"classes", "criterion", "distiller", "ema", "student", "data", "evaluation", "hub"},
+    {"config", "trainer", "build", "doctor"},
     {"commands"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

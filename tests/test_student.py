@@ -11,6 +11,7 @@ from transformers import (
     ResNetForImageClassification,
 )
 
+from asd_hf.classes import align_classes
 from asd_hf.commands import run
 from asd_hf.criterion import DetectionCriterion
 from asd_hf.detectors import get_adapter
@@ -19,7 +20,6 @@ from asd_hf.student import (
     PACKAGED,
     StudentConfig,
     _new_processor,
-    align_classes,
     backbone_stage,
     build_student,
     copy_weights,

@@ -147,7 +147,7 @@ def test_selected_classes_are_those_of_logits_and_of_decode():
     assert torch.equal(selected.boxes, output.boxes)
 
 
-def test_gradient_share_is_the_ratio_of_gradients_at_the_predictions():
+def test_gradient_norms_are_those_at_the_predictions():
     student = get_adapter(tiny.deformable_detr(0), tiny.processor())
     teacher = get_adapter(tiny.deformable_detr(1).eval(), tiny.processor())
     method = ASD(ASDConfig(ramp_steps=0), student.spec, teacher.spec)
@@ -155,13 +155,15 @@ def test_gradient_share_is_the_ratio_of_gradients_at_the_predictions():
     batch = tiny.batch()
     with torch.no_grad():
         answer = teacher(batch["pixel_values"], batch["pixel_mask"])
-    out = Distiller(student, criterion, method)(**batch, teacher=answer, measure_gradient_share=True)
+    out = Distiller(student, criterion, method)(**batch, teacher=answer, measure_gradients=True)
     output = student(batch["pixel_values"], batch["pixel_mask"])
     norms = []
     for losses in (method(output, answer, batch["labels"]), criterion(output, batch["labels"])):
         grads = torch.autograd.grad(sum(losses.values()), (output.logits, output.boxes), retain_graph=True)
         norms.append(torch.cat([g.flatten() for g in grads]).norm())
-    assert out.gradient_share.item() == pytest.approx((norms[0] / sum(norms)).item(), rel=1e-4)
+    expected = {"distillation": norms[0].item(), "detection": norms[1].item()}
+    assert {name: out.gradient_norms[name].item() for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert out.gradient_norms["asd_sampling"] == 0 < out.gradient_norms["asd_box"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -11,7 +11,7 @@ from ..config import parse_overrides
 from ..data import DataConfig, DetectionStream, RowTransform, build_loader, open_source, resize_spec
 from ..detectors import get_adapter
 from ..evaluation import TOP_K, evaluate_detector, format_table, milliseconds_per_image
-from ..student import load_teacher
+from ..student import load_teacher, prompt_teacher
 
 
 def main(argv: list[str]) -> None:
@@ -39,6 +39,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     state = PartialState()
     source = open_source(args.data, args.split, parse_overrides(DataConfig, {}, "data", args.overrides))
     adapter = get_adapter(*load_teacher(args.model, "--model"))
+    prompt_teacher(adapter, source.class_names)
     adapter.model.to(state.device)
     # The resolution is the model's own: it is what its processor says.
     config = data_config(adapter.processor, args.data, args.split, args.overrides)

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..classes import match_classes, short_list
 from ..detectors.base import DetectorAdapter
-from ..student import align_classes
 from .coco import CocoEvaluator
 from .predict import postprocess
+
+logger = logging.getLogger(__name__)
 
 TOP_K = 100  # detections kept of an image; COCO scores at most 100 of each class
 
@@ -20,25 +23,36 @@ def evaluate_detector(
     loader: DataLoader,
     class_names: Sequence[str],
     category_ids: Sequence[int] | None = None,
+    class_map: Mapping[str, str] | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> tuple[dict, CocoEvaluator]:
     """COCO's numbers of a detector on a data set; every rank brings its own part and all get the numbers.
 
     Args:
-        adapter: the detector; it is put into eval mode. Its classes are aligned with the data's by name.
+        adapter: the detector; it is put into eval mode. Its classes are aligned with the data's by name; those that it
+            lacks it never predicts, which counts against it. They are named in the log.
         loader: batches of uint8 images with labels that hold their ground truth.
         class_names: the data's, in the order of its class indices.
         category_ids: the data's own id of each class index, for result files.
+        class_map: what the detector calls a class of the data, where the names differ.
 
     Returns:
         `CocoEvaluator.compute()`'s numbers, and the evaluator, which holds the predictions.
 
     Raises:
-        UserError: the detector lacks a class of the data.
+        UserError: the detector knows no class of the data.
     """
     adapter.model.eval()
-    columns = align_classes(class_names, adapter.spec.class_names, "the data", "the model").to(device)
+    ours, theirs = match_classes(class_names, adapter.spec.class_names, class_map, "the data", "the model")
+    if lacking := [name for i, name in enumerate(class_names) if i not in ours]:
+        logger.warning(
+            "the model lacks %d of the %d classes of the data and finds none of them: %s",
+            len(lacking),
+            len(class_names),
+            short_list(lacking),
+        )
+    columns, indices = torch.tensor(theirs, device=device), torch.tensor(ours, device=device)
     evaluator = CocoEvaluator(class_names, category_ids)
     for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress):
         labels = batch["labels"]
@@ -47,6 +61,7 @@ def evaluate_detector(
         predictions = postprocess(
             output.logits[-1], output.boxes[-1], sizes.to(device), adapter.spec.activation, TOP_K, columns
         )
+        predictions[..., 5] = indices[predictions[..., 5].long()].to(predictions)
         ids = torch.stack([label["image_id"] for label in labels])
         evaluator.add(ids, predictions, [label["ground_truth"] for label in labels], sizes)
     return evaluator.compute(), evaluator

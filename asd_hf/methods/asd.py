@@ -89,7 +89,9 @@ class ASDConfig(MethodConfig):
     value: str = _option("probs", "Class part of what is sampled", ("probs", "logits"))
     box_space: str = _option("cxcywh", "Box part of what is sampled", ("cxcywh", "xyxy", "logit"))
     divergence: str = _option(
-        "bernoulli", "KL per class on its own, as sigmoid heads mean it, or over all classes", ("bernoulli", "softmax")
+        "auto",
+        "KL per class on its own, as sigmoid heads mean it, or over all classes; auto: as the student's head",
+        ("auto", "bernoulli", "softmax"),
     )
     direction: str = _option(
         "teacher_student", "KL(teacher || student) or the reverse", ("teacher_student", "student_teacher")
@@ -157,7 +159,8 @@ class ASD(DistillationMethod):
     A small attention module (`Sampler`) learns to tell predictions apart (Eq. 16). With the teacher's own queries as
     points it samples both prediction sets at the same places (Eq. 13-15), and the samples are aligned (Eq. 17).
 
-    Requires: boxes and class probabilities of both; no decoder access, no features, no labels.
+    Requires: boxes and class probabilities of both, in the form of the student's head: one probability a class, or
+    with a softmax head a distribution over classes and "no object". No decoder access, no features, no labels.
 
     Differs from the paper in: distillation leaves the sampler alone and sets in over a ramp, and the sampling loss is
     a mean. `configs/deformable_detr/asd_paper_literal.yaml` takes the text to the letter. `objective: pair`,
@@ -180,15 +183,16 @@ class ASD(DistillationMethod):
     def __init__(self, config: ASDConfig, student: DetectorSpec, teacher: DetectorSpec) -> None:
         super().__init__(config, student, teacher)
         for role, spec in (("student", student), ("teacher", teacher)):
-            if spec.activation != "sigmoid":
-                raise UserError(
-                    f"asd reads independent class probabilities, and the {role}'s head is {spec.activation}"
-                )
             if config.layers > spec.num_layers and (role == "student" or config.teacher_layer == "same"):
                 raise UserError(
                     f"method.layers is {config.layers}, but the {role} has {spec.num_layers} decoder layers"
                 )
-        input_dim = 4 + len(student.class_names)
+        self.softmax = student.activation == "softmax"
+        kind = "softmax" if self.softmax else "bernoulli"
+        self.divergence = kind if config.divergence == "auto" else config.divergence
+        if self.softmax and self.divergence == "bernoulli" and config.value == "logits":
+            raise UserError("method.divergence 'bernoulli' of a softmax head needs method.value 'probs'")
+        input_dim = 4 + len(student.class_names) + self.softmax  # softmax heads have a column "no object"
         self.samplers = nn.ModuleList(
             Sampler(input_dim, config) for _ in range(1 if config.share_sampler else config.layers)
         )
@@ -285,12 +289,19 @@ class ASD(DistillationMethod):
         return losses, statistics
 
     def _sampler_input(self, logits: Tensor, boxes: Tensor) -> Tensor:
-        classes = logits.sigmoid() if self.config.sampler_input == "probs" else logits
+        classes = self._probs(logits) if self.config.sampler_input == "probs" else logits
         return torch.cat([boxes * self.config.box_scale, classes], -1)
 
-    @staticmethod
-    def _score(logits: Tensor) -> Tensor:
-        return logits.sigmoid().amax(-1)
+    def _probs(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1) if self.softmax else logits.sigmoid()
+
+    def _score(self, logits: Tensor) -> Tensor:
+        """Best class probability (N, Q)."""
+        return self._classes(self._probs(logits)).amax(-1)
+
+    def _classes(self, x: Tensor) -> Tensor:
+        """Without "no object"."""
+        return x[..., :-1] if self.softmax else x
 
     @staticmethod
     def _frozen_scores(sampler: Sampler, points: Tensor, queries: Tensor) -> Tensor:
@@ -316,7 +327,7 @@ class ASD(DistillationMethod):
         sides = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
         inter, area = sides.prod(-1), (boxes[..., 2:]).prod(-1)
         iou = inter / (area[:, :, None] + area[:, None] - inter).clamp(min=EPSILON)
-        label = logits.argmax(-1)
+        label = self._classes(logits).argmax(-1)
         same = (iou > self.config.duplicate_iou) & (label[:, :, None] == label[:, None])
         return same | torch.eye(same.shape[1], dtype=torch.bool, device=same.device)
 
@@ -340,8 +351,8 @@ class ASD(DistillationMethod):
     ) -> dict[str, Tensor]:
         """Distances (N, P) of the two samples at each point (Eq. 14, 17)."""
         as_probs = self.config.value == "probs"
-        t_class = t_weights @ (t_logits.sigmoid() if as_probs else t_logits)
-        s_class = s_weights @ (s_logits.sigmoid() if as_probs else s_logits)
+        t_class = t_weights @ (self._probs(t_logits) if as_probs else t_logits)
+        s_class = s_weights @ (self._probs(s_logits) if as_probs else s_logits)
         t_box, s_box = t_weights @ self._box_values(t_boxes), s_weights @ self._box_values(s_boxes)
         distances = {
             "asd_box": (t_box - s_box).abs().sum(-1),
@@ -359,10 +370,14 @@ class ASD(DistillationMethod):
         d is between single predictions, so averages of boxes that lie far apart never arise.
         """
         weights = weights.detach()
-        t_probs = t_logits.sigmoid()
-        # sum_c KL of Bernoullis, expanded so that no (N, T, S, C) tensor arises.
-        cross = F.softplus(s_logits).sum(-1)[:, None] - t_probs @ s_logits.transpose(1, 2)  # (N, T, S)
-        entropy = F.binary_cross_entropy(t_probs, t_probs, reduction="none").sum(-1)
+        t_probs = self._probs(t_logits)
+        # KL as cross entropy less entropy, so that no (N, T, S, C) tensor arises; of Bernoullis, summed over classes.
+        if self.softmax:
+            cross = -t_probs @ s_logits.log_softmax(-1).transpose(1, 2)  # (N, T, S)
+            entropy = torch.special.entr(t_probs).sum(-1)
+        else:
+            cross = F.softplus(s_logits).sum(-1)[:, None] - t_probs @ s_logits.transpose(1, 2)
+            entropy = F.binary_cross_entropy(t_probs, t_probs, reduction="none").sum(-1)
         distances = {
             "asd_box": (weights * torch.cdist(t_boxes, s_boxes, p=1)).sum(-1),
             "asd_class": (weights * cross).sum(-1) - entropy,
@@ -386,7 +401,7 @@ class ASD(DistillationMethod):
         """KL (N, P) of the sampled class distributions, summed over classes."""
         if self.config.direction == "student_teacher":
             t_class, s_class = s_class, t_class
-        if self.config.divergence == "softmax":
+        if self.divergence == "softmax":
             if self.config.value == "probs":  # a distribution over classes needs its parts to sum to 1
                 t_class, s_class = t_class.clamp(min=EPSILON).log(), s_class.clamp(min=EPSILON).log()
             return F.kl_div(s_class.log_softmax(-1), t_class.log_softmax(-1), reduction="none", log_target=True).sum(

@@ -29,6 +29,7 @@ class DistillationMethod(nn.Module):
     def __init__(self, config: MethodConfig, student: DetectorSpec, teacher: DetectorSpec) -> None:
         super().__init__()
         self.config = config
+        self.class_names = student.class_names
         self.step = 0  # optimizer steps done so far, set by the trainer; schedules read it
         self.statistics: dict[str, Tensor] = {}  # detached scalars of the last call: logged, never optimised
         for role, spec in (("student", student), ("teacher", teacher)):
@@ -41,6 +42,8 @@ class DistillationMethod(nn.Module):
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
         """Named scalar losses, already weighted. Their sum is added to the detection loss; each is logged by its name.
 
-        The teacher's classes are in the student's order. No gradient may reach `teacher`.
+        Both outputs have the classes of the `student` spec, in its order and in its form of logits, see
+        `asd_hf.classes.SharedClasses`; an object of another class has the class label -1. No gradient may reach
+        `teacher`.
         """
         raise NotImplementedError

@@ -1,0 +1,141 @@
+"""From a configuration to everything that a run is made of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+
+from .classes import SharedClasses, align_classes, find_classes
+from .config import RunConfig
+from .data import (
+    DataConfig,
+    DetectionStream,
+    RowTransform,
+    Source,
+    open_source,
+    open_training_source,
+    resize_spec,
+    teacher_view,
+)
+from .detectors import get_adapter
+from .detectors.base import DetectorAdapter
+from .errors import UserError
+from .methods import DistillationMethod
+from .student import build_student, load_teacher, prompt_teacher
+from .trainer import DistillationTrainer
+
+
+class Parts:
+    """What a configuration names; each part is built when it is first asked for.
+
+    Raises:
+        UserError: by the part that cannot be built.
+    """
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+
+    @cached_property
+    def eval_source(self) -> Source:
+        return open_source(self.run.data.source, self.run.data.eval_split, self.run.data)
+
+    @cached_property
+    def train_source(self) -> Source:
+        source = open_training_source(self.run.data)
+        if source.class_names:
+            return source
+        # Images without labels alone: the classes are those that the student is evaluated on.
+        if self.run.model.teacher is None:
+            raise UserError("data.unlabelled alone trains from a teacher: set model.teacher and method.name")
+        return replace(source, class_names=self.eval_source.class_names, category_ids=self.eval_source.category_ids)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The student's classes: those of the training data."""
+        return tuple(self.train_source.class_names)
+
+    @property
+    def category_ids(self) -> list[int]:
+        """The data's own id of each class: that of the evaluation split, where it has the class."""
+        rows = find_classes(self.class_names, self.eval_source.class_names)
+        ids = zip(self.train_source.category_ids, rows, strict=True)
+        return [own if row is None else self.eval_source.category_ids[row] for own, row in ids]
+
+    @cached_property
+    def teacher(self) -> DetectorAdapter | None:
+        if self.run.model.teacher is None:
+            return None
+        teacher = get_adapter(*load_teacher(self.run.model.teacher))
+        prompt_teacher(teacher, self.class_names, self.run.model.class_map)
+        return teacher
+
+    @cached_property
+    def student(self) -> DetectorAdapter:
+        known = (None, None) if self.teacher is None else (self.teacher.model, self.teacher.processor)
+        return get_adapter(*build_student(self.run.model.student, *known, self.class_names, self.size))
+
+    @property
+    def size(self) -> dict[str, int]:
+        """Of the student's images at inference, as image processors have it."""
+        return resize_spec(self.run.data)
+
+    @cached_property
+    def classes(self) -> SharedClasses | None:
+        if self.teacher is None:
+            return None
+        return SharedClasses(self.student.spec, self.teacher.spec, self.run.model.class_map)
+
+    @cached_property
+    def method(self) -> DistillationMethod | None:
+        if self.run.method_class is None:
+            return None
+        if self.teacher is None:
+            raise UserError(f"method.name is {self.run.method_name!r}, which needs a teacher: set model.teacher")
+        return self.run.method_class(self.run.method, *self.classes.specs(self.student.spec, self.teacher.spec))
+
+    def training_stream(self) -> DetectionStream:
+        """This rank's share of the training data, both views of it where the teacher has its own."""
+        return self._stream(self.train_source, self.run.data, training=True)
+
+    def evaluation_stream(self, teacher: bool = False, num_images: int | None = None) -> DetectionStream:
+        """This rank's share of the evaluation data, as the student or the teacher sees it.
+
+        Args:
+            num_images: only this many images, the first of the split; by default as many as the configuration says.
+        """
+        config = teacher_view(self.run.data) if teacher else self.run.data
+        config = config if num_images is None else replace(config, num_eval_images=num_images)
+        return self._stream(self.eval_source, config, training=False)
+
+    def _stream(self, source: Source, config: DataConfig, training: bool) -> DetectionStream:
+        args = self.run.training
+        seed = args.seed if args.data_seed is None else args.data_seed
+        split = config.train_split if training else config.eval_split
+        columns = align_classes(source.class_names, self.class_names, f"split {split!r}", "the training data")
+        return DetectionStream(
+            source,
+            RowTransform(config, training=training, seed=seed, label_map=columns.tolist()),
+            batch_size=args.per_device_train_batch_size if training else args.per_device_eval_batch_size,
+            rank=args.process_index,
+            world_size=args.world_size,
+            num_workers=args.dataloader_num_workers,
+            seed=seed,
+            shuffle=training,
+            shuffle_buffer=config.shuffle_buffer,
+            drop_last=training,
+            num_rows=None if training else config.num_eval_images,
+        )
+
+    def trainer(self) -> DistillationTrainer:
+        """The trainer of all parts."""
+        return DistillationTrainer(
+            self.student,
+            self.teacher,
+            self.method,
+            self.run.training,
+            train_dataset=self.training_stream(),
+            eval_dataset=self.evaluation_stream(),
+            category_ids=self.category_ids,
+            class_map=self.run.model.class_map,
+            run_config=self.run.to_yaml(),
+        )
