@@ -103,6 +103,7 @@ GROUP = {
     "decoder_cross_attention_heads": 4,
     "group_detr": 3,
     "c2f_num_blocks": 1,
+    "dropout": 0.0,
 }
 VIT = {"image_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 16}
 

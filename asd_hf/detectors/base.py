@@ -84,6 +84,7 @@ class DetectorAdapter:
     Class attributes:
         processor_class: image processor of the family.
         backbone_path: attribute path of the timm or Transformers backbone.
+        backbone_type: the only model_type of a backbone that the family's code can take, if it is written for one.
         config_names: what the options of a new student (encoder_layers, decoder_layers, num_queries, d_model) are
             called in the family's configuration.
         slow_parameters: fragments of the names of parameters that train at a tenth of the rate.
@@ -99,6 +100,7 @@ class DetectorAdapter:
     spec: DetectorSpec
     processor_class: type
     backbone_path: str
+    backbone_type: str | None = None
     config_names: dict[str, tuple[str, ...]] = {}
     slow_parameters: tuple[str, ...] = ()
     frozen_stages = 1

@@ -1,0 +1,151 @@
+"""LW-DETR (Chen et al., arXiv 2406.03458): a windowed ViT, proposals of two stages, groups of queries in training."""
+
+from __future__ import annotations
+
+from copy import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import DeformableDetrImageProcessor
+from transformers.models.lw_detr.modeling_lw_detr import refine_bboxes
+
+from .base import DetectorAdapter, DetectorOutput, DetectorSpec, class_names_of, pixel_statistics
+
+
+class LwDetrAdapter(DetectorAdapter):
+    """Adapter of `LwDetrForObjectDetection`.
+
+    In training mode the model answers for all its groups of queries; the output shows the first one, which is the one
+    of evaluation, and Transformers' own loss takes all. The ViT sees the padding, the decoder does not: boxes are
+    relative to the valid image, its sides rounded up to whole patches.
+    """
+
+    processor_class = DeformableDetrImageProcessor
+    backbone_path = "model.backbone.backbone"
+    backbone_type = "lw_detr_vit"
+    config_names = {"decoder_layers": ("decoder_layers",), "num_queries": ("num_queries",), "d_model": ("d_model",)}
+    frozen_stages = -1  # the original trains all of its ViT
+    own_loss = True
+
+    def __init__(self, model: nn.Module, processor) -> None:
+        super().__init__(model, processor)
+        config = model.config
+        self.spec = DetectorSpec(
+            family=config.model_type,
+            hidden_size=config.d_model,
+            class_names=class_names_of(config),
+            num_layers=config.decoder_layers,
+            num_queries=config.num_queries,
+            strides=tuple(round(config.backbone_config.patch_size / scale) for scale in self.scales),
+            **pixel_statistics(processor),
+            activation="sigmoid",
+            capabilities=frozenset({"decode", "features"}),
+        )
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """Sizes of the feature maps as multiples of the ViT's."""
+        return tuple(self.model.config.projector_scale_factors)
+
+    @property
+    def size_divisor(self) -> int:
+        vit = self.model.config.backbone_config
+        return vit.patch_size * vit.num_windows_side
+
+    def forward(self, pixels: Tensor, mask: Tensor, labels: list[dict] | None) -> DetectorOutput:
+        core, config = self.model.model, self.model.config
+        proposal_heads = [*core.enc_out_class_embed, *core.enc_out_bbox_embed]
+        with (
+            self.tap({"features": core.backbone.projector, "decoder": core.decoder}) as seen,
+            self.outside_autocast(proposal_heads),
+        ):
+            # The core and not the whole model: that would run the heads a second time, and in autocast.
+            out = core(pixel_values=pixels, pixel_mask=mask)
+        _, context, _ = seen["decoder"]
+        features = seen["features"][2]
+        first = slice(config.num_queries)
+
+        def decode(queries: Tensor, positions: None, references: Tensor) -> DetectorOutput:
+            """Puts other questions to the encoded images.
+
+            Args:
+                queries: contents (B, Q, D). `decode.own` is the triple that the model asked by itself.
+                positions: None, the decoder derives them from the references.
+                references: (B, Q, 4) boxes in [0, 1] of the valid image.
+            """
+            groups, config.group_detr = config.group_detr, 1  # in training mode attention is split into groups
+            try:
+                decoded = core.decoder(**(context | {"inputs_embeds": queries, "reference_points": references}))
+            finally:
+                config.group_detr = groups
+            hidden = decoded.intermediate_hidden_states.to(self.model.dtype)
+            return DetectorOutput(*self._predict(hidden, references), hidden, decode=decode)
+
+        decode.own = context["inputs_embeds"][:, first], None, context["reference_points"][:, first]
+        hidden = out.intermediate_hidden_states.to(self.model.dtype)
+        logits, boxes = self._predict(hidden, out.init_reference_points)
+        output = DetectorOutput(logits[:, :, first], boxes[:, :, first], hidden[:, :, first], decode=decode)
+        output.features = features if isinstance(features, list) else [features]
+        if labels is not None:
+            with torch.autocast(pixels.device.type, enabled=False):
+                output.losses = self._losses(out, logits, boxes, labels)
+        return output
+
+    def _predict(self, hidden: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (L, B, Q, C) and boxes (L, B, Q, 4) of hidden states (L, B, Q, D); no layer refines the references."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.model.class_embed(hidden), refine_bboxes(references[None], self.model.bbox_embed(hidden))
+
+    def _losses(self, out, logits: Tensor, boxes: Tensor, labels: list[dict]) -> dict[str, Tensor]:
+        config = copy(self.model.config)
+        config.auxiliary_loss = True
+        # Transformers matches `group_detr` groups even in eval mode, where the model answers for one.
+        config.group_detr = boxes.shape[2] // config.num_queries
+        heads = self.model.model.enc_out_class_embed
+        states = out.enc_outputs_class.to(self.model.dtype).split(config.num_queries, dim=1)
+        proposals = torch.cat([head(state) for head, state in zip(heads, states, strict=False)], 1)
+        labelled = [i for i, label in enumerate(labels) if label.get("labelled", True)]
+        # Every rank must ask for the loss, which counts boxes over ranks: without labels it is multiplied by 0.
+        rows = labelled or [0]
+        logits, boxes = logits[:, rows], boxes[:, rows]
+        _, parts, _ = self.model.loss_function(
+            logits[-1],
+            [labels[i] for i in rows],
+            logits.device,
+            boxes[-1],
+            config,
+            logits,
+            boxes,
+            proposals[rows],
+            out.enc_outputs_coord_logits[rows],
+        )
+        losses = {}
+        for name, weight in (
+            ("loss_ce", config.class_loss_coefficient),
+            ("loss_bbox", config.bbox_loss_coefficient),
+            ("loss_giou", config.giou_loss_coefficient),
+        ):
+            weight = weight * bool(labelled)
+            layers = [f"_{i}" for i in range(len(logits) - 1)]
+            losses[name] = weight * sum(parts[name + layer] for layer in ("", *layers))
+            losses[f"{name}_enc"] = weight * parts[f"{name}_enc"]
+        return losses
+
+    @property
+    def layer_lists(self) -> dict[str, int]:
+        return {"model.decoder.layers": self.model.config.decoder_layers}
+
+    @property
+    def class_heads(self) -> list[nn.Linear]:
+        return [self.model.class_embed, *self.model.model.enc_out_class_embed]
+
+    def reset_transformer(self) -> None:
+        """Gives a fresh transformer and its queries the original initial values, where Transformers has N(0, 0.02)."""
+        core = self.model.model
+        for module in (core.decoder, core.enc_output):
+            for name, parameter in module.named_parameters():
+                # Sampling offsets and attention weights start at values of their own, the same in Transformers.
+                if parameter.dim() > 1 and not any(n in name for n in ("sampling_offsets", "attention_weights")):
+                    nn.init.xavier_uniform_(parameter)
+        nn.init.normal_(core.query_feat.weight)
+        nn.init.zeros_(core.reference_point_embed.weight)
