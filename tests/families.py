@@ -117,6 +117,17 @@ def _build(model_class, config_class, processor, classes, seed, **values):
     return model_class(config_class(**_labels(classes), **values)).eval(), processor
 
 
+def _build_lively(*args, **values):
+    """With noise on all but the backbone: Transformers starts heads, tokens and norms at zeros and ones, which would
+    hide errors, and queries so close to each other that all answer the same."""
+    model, processor = _build(*args, **values)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "backbone" not in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model, processor
+
+
 def _resnet(*stages):
     return tiny.HF_RESNET | {"out_features": [f"stage{i}" for i in stages]}
 
@@ -137,32 +148,36 @@ def deformable_detr_two_stage(classes=tiny.CLASSES, num_queries=12, seed=0):
 
 def detr(classes=tiny.CLASSES, num_queries=12, seed=0):
     values = CLASSIC | {"backbone_config": _resnet(4), "num_queries": num_queries}
-    return _build(DetrForObjectDetection, DetrConfig, DetrImageProcessor(size=EDGES), classes, seed, **values)
+    return _build_lively(DetrForObjectDetection, DetrConfig, DetrImageProcessor(size=EDGES), classes, seed, **values)
 
 
 def table_transformer(classes=tiny.CLASSES, num_queries=12, seed=0):
     values = CLASSIC | {"backbone_config": _resnet(4), "num_queries": num_queries}
     processor = DetrImageProcessor(size=EDGES)
-    return _build(TableTransformerForObjectDetection, TableTransformerConfig, processor, classes, seed, **values)
+    return _build_lively(
+        TableTransformerForObjectDetection, TableTransformerConfig, processor, classes, seed, **values
+    )
 
 
 def conditional_detr(classes=tiny.CLASSES, num_queries=12, seed=0):
     values = CLASSIC | {"backbone_config": _resnet(4), "num_queries": num_queries}
     processor = ConditionalDetrImageProcessor(size=EDGES)
-    return _build(ConditionalDetrForObjectDetection, ConditionalDetrConfig, processor, classes, seed, **values)
+    return _build_lively(ConditionalDetrForObjectDetection, ConditionalDetrConfig, processor, classes, seed, **values)
 
 
 def dab_detr(classes=tiny.CLASSES, num_queries=12, seed=0):
     values = {name: value for name, value in CLASSIC.items() if name != "d_model"} | {"hidden_size": 32}
     values |= {"backbone_config": _resnet(4), "num_queries": num_queries}
     processor = ConditionalDetrImageProcessor(size=EDGES)
-    return _build(DabDetrForObjectDetection, DabDetrConfig, processor, classes, seed, **values)
+    return _build_lively(DabDetrForObjectDetection, DabDetrConfig, processor, classes, seed, **values)
 
 
 def yolos(classes=tiny.CLASSES, num_queries=12, seed=0):
     values = VIT | {"image_size": [64, 64], "num_hidden_layers": 3, "intermediate_size": 32}
     values |= {"num_detection_tokens": num_queries}
-    return _build(YolosForObjectDetection, YolosConfig, YolosImageProcessor(size=EDGES), classes, seed, **values)
+    return _build_lively(
+        YolosForObjectDetection, YolosConfig, YolosImageProcessor(size=EDGES), classes, seed, **values
+    )
 
 
 def rt_detr(classes=tiny.CLASSES, num_queries=12, seed=0):

@@ -90,16 +90,19 @@ def test_every_layer_equals_those_that_transformers_computes_its_loss_of(name):
     adapter.model.config.auxiliary_loss = True
 
     def tap(logits, labels, device, boxes, config, outputs_class, outputs_coord, *_, **__):
-        seen["logits"], seen["boxes"] = outputs_class, outputs_coord
+        seen["logits"], seen["boxes"] = (outputs_class, logits), (outputs_coord, boxes)
         return logits.sum(), {}, None
 
     adapter.model.loss_function = tap
     ask_transformers(adapter, batch, labels=batch["labels"])
     num_layers = output.logits.shape[0]
     for key in ("logits", "boxes"):
-        layers = seen[key] if seen[key].shape[1] == 2 else seen[key].transpose(0, 1)  # B is 2, L is 3
+        layers, last = seen[key]
+        layers = layers if layers.shape[1] == 2 else layers.transpose(0, 1)  # B is 2, L is 3
         assert layers.shape[1] == 2 and num_layers == 3
-        torch.testing.assert_close(getattr(output, key), layers[-num_layers:], rtol=0, atol=0)
+        # The loss takes the last layer from elsewhere: in DETR it is normalised once more.
+        layers = torch.cat([layers[-num_layers:-1], last[None]])
+        torch.testing.assert_close(getattr(output, key), layers, rtol=0, atol=0)
 
 
 def test_the_model_in_training_mode_shows_the_same_queries(student):
