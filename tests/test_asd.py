@@ -13,7 +13,7 @@ from asd_hf.methods.asd import ASD, ASDConfig
 CLASSES = ("a", "b", "c")
 
 
-def spec(num_layers=3, num_queries=7):
+def spec(num_layers=3, num_queries=7, activation="sigmoid"):
     return DetectorSpec(
         family="deformable_detr",
         hidden_size=8,
@@ -23,16 +23,14 @@ def spec(num_layers=3, num_queries=7):
         strides=(8,),
         pixel_mean=(0, 0, 0),
         pixel_std=(1, 1, 1),
-        activation="sigmoid",
+        activation=activation,
         capabilities=frozenset(),
     )
 
 
-def output(num_queries, seed, num_layers=3, dtype=torch.float64, grad=False):
+def output(num_queries, seed, num_layers=3, dtype=torch.float64, grad=False, columns=3):
     g = torch.Generator().manual_seed(seed)
-    logits = (2 * torch.randn(num_layers, 2, num_queries, len(CLASSES), generator=g, dtype=torch.float64) - 1).to(
-        dtype
-    )
+    logits = (2 * torch.randn(num_layers, 2, num_queries, columns, generator=g, dtype=torch.float64) - 1).to(dtype)
     centre = 0.25 + 0.5 * torch.rand(num_layers, 2, num_queries, 2, generator=g, dtype=torch.float64)
     size = 0.05 + 0.3 * torch.rand(num_layers, 2, num_queries, 2, generator=g, dtype=torch.float64)
     boxes = torch.cat([centre, size], -1).to(dtype)
@@ -41,9 +39,10 @@ def output(num_queries, seed, num_layers=3, dtype=torch.float64, grad=False):
     )
 
 
-def method(dtype=torch.float64, step=10_000, **options):
+def method(dtype=torch.float64, step=10_000, activation="sigmoid", **options):
     torch.manual_seed(0)
-    asd = ASD(ASDConfig(**{"hidden_dim": 16, "key_dim": 8} | options), spec(), spec()).to(dtype)
+    specs = spec(activation=activation), spec(activation=activation)
+    asd = ASD(ASDConfig(**{"hidden_dim": 16, "key_dim": 8} | options), *specs).to(dtype)
     with torch.no_grad():
         for p in asd.parameters():
             p.mul_(4 if p.dim() else 1.1)  # otherwise the attention is nearly uniform and hides errors
@@ -139,17 +138,18 @@ def bernoulli_kl(p, q):
     return sum(a * math.log(a / b) + (1 - a) * math.log((1 - a) / (1 - b)) for a, b in zip(p, q, strict=True))
 
 
-def class_distance(sampled_teacher, sampled_student, config):
+def class_distance(sampled_teacher, sampled_student, config, head):
     """KL of two sampled class parts, which are probabilities or logits as `config.value` says."""
     pair = [sampled_teacher, sampled_student]
-    if config.divergence == "softmax" and config.value == "probs":
+    divergence = {"sigmoid": "bernoulli"}.get(head, head) if config.divergence == "auto" else config.divergence
+    if divergence == "softmax" and config.value == "probs":
         pair = [[v / sum(x) for v in x] for x in pair]
-    elif config.divergence == "softmax":
+    elif divergence == "softmax":
         pair = [softmax(x) for x in pair]
     elif config.value == "logits":
         pair = [[sigmoid(v) for v in x] for x in pair]
     p, q = pair if config.direction == "teacher_student" else pair[::-1]
-    if config.divergence == "softmax":
+    if divergence == "softmax":
         return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
     return bernoulli_kl(p, q)
 
@@ -164,14 +164,14 @@ def corners_of(value, space):
     return {"cxcywh": corners(value), "xyxy": value, "logit": corners([sigmoid(v) for v in value])}[space]
 
 
-def sampling_loss(rows_by_head, probs, boxes, config):
+def sampling_loss(rows_by_head, objects, boxes, config):
     """Eq. 16: -log of what a prediction gives to itself and to those that count as the same object."""
     count = len(boxes)
 
     def same(i, j):
         if i == j:
             return True
-        if config.duplicate_iou is None or probs[i].index(max(probs[i])) != probs[j].index(max(probs[j])):
+        if config.duplicate_iou is None or objects[i].index(max(objects[i])) != objects[j].index(max(objects[j])):
             return False
         return iou_and_giou(corners(boxes[i]), corners(boxes[j]))[0] > config.duplicate_iou
 
@@ -185,6 +185,8 @@ def sampling_loss(rows_by_head, probs, boxes, config):
 
 def reference(asd, student, teacher):
     c = asd.config
+    head = "softmax" if asd.softmax else "sigmoid"
+    probs_of = {"softmax": softmax, "sigmoid": lambda z: [sigmoid(v) for v in z]}[head]
     totals = {"asd_sampling": 0.0, "asd_box": 0.0, "asd_class": 0.0, "asd_giou": 0.0}
     images = student.logits.shape[1]
     for layer in range(1, c.layers + 1):
@@ -193,21 +195,22 @@ def reference(asd, student, teacher):
             of_teacher = -1 if c.teacher_layer == "last" else -layer
             tz, tb = teacher.logits[of_teacher, image].tolist(), teacher.boxes[of_teacher, image].tolist()
             sz, sb = student.logits[-layer, image].tolist(), student.boxes[-layer, image].tolist()
-            tp, sp = [[sigmoid(v) for v in z] for z in tz], [[sigmoid(v) for v in z] for z in sz]
+            tp, sp = [probs_of(z) for z in tz], [probs_of(z) for z in sz]
+            to, so = ([p[: len(CLASSES)] for p in probs] for probs in (tp, sp))  # without "no object"
             tc, sc = (tz, sz) if c.value == "logits" else (tp, sp)
             tk, sk = (tz, sz) if c.sampler_input == "logits" else (tp, sp)
             ty = [[c.box_scale * v for v in b] + k for b, k in zip(tb, tk, strict=True)]
             sy = [[c.box_scale * v for v in b] + k for b, k in zip(sb, sk, strict=True)]
-            sampling = sampling_loss(score_rows(sampler, ty, ty, c), tp, tb, c)
+            sampling = sampling_loss(score_rows(sampler, ty, ty, c), to, tb, c)
             if c.sampling_outputs == "both":
-                sampling += sampling_loss(score_rows(sampler, sy, sy, c), sp, sb, c)
+                sampling += sampling_loss(score_rows(sampler, sy, sy, c), so, sb, c)
             totals["asd_sampling"] += sampling / images
-            points, scores = list(ty), [max(p) for p in tp]
+            points, scores = list(ty), [max(p) for p in to]
             if c.max_points is not None:
                 best = sorted(range(len(ty)), key=lambda i: -scores[i])[: c.max_points]
                 points, scores = [ty[i] for i in best], [scores[i] for i in best]
             if c.student_points:
-                points, scores = points + sy, scores + [max(p) for p in sp]
+                points, scores = points + sy, scores + [max(p) for p in so]
             wt = attention(score_rows(sampler, points, ty, c), c)
             ws = attention(score_rows(sampler, points, sy, c), c)
             share = [1 / len(points)] * len(points)
@@ -220,12 +223,12 @@ def reference(asd, student, teacher):
                     bs = mix(ws[i], [to_space(b, c.box_space) for b in sb])
                     ct, cs = mix(wt[i], tc), mix(ws[i], sc)
                     box = sum(abs(a - b) for a, b in zip(bt, bs, strict=True))
-                    kl = class_distance(ct, cs, c)
+                    kl = class_distance(ct, cs, c, head)
                     far = 1 - iou_and_giou(corners_of(bt, c.box_space), corners_of(bs, c.box_space))[1]
                 else:
                     pairs = list(zip(ws[i], sb, sp, strict=True))
                     box = sum(w * sum(abs(a - x) for a, x in zip(tb[i], b, strict=True)) for w, b, _ in pairs)
-                    kl = sum(w * bernoulli_kl(tp[i], p) for w, _, p in pairs)
+                    kl = sum(w * class_distance(tp[i], p, c, head) for w, _, p in pairs)
                     far = sum(w * (1 - giou(tb[i], b)) for w, b, _ in pairs)
                 totals["asd_box"] += portion * box / images
                 totals["asd_class"] += portion * kl / images
@@ -283,6 +286,31 @@ def test_equals_naive_loops(name, student_queries, teacher_queries):
     assert got.keys() == want.keys()
     for key in want:
         assert got[key].item() == pytest.approx(want[key], rel=1e-12), key
+
+
+SOFTMAX_HEADS = {
+    "default": {},
+    "score-weighted": {"point_weight": "score", "student_points": True},
+    "best points": {"max_points": 3, "sampler_input": "logits"},
+    "pair": {"objective": "pair", "giou_weight": 2.0, "balance_iterations": 2},
+    "sampled logits": {"value": "logits"},
+    "each class on its own": {"divergence": "bernoulli"},
+    "reverse": {"direction": "student_teacher"},
+    "duplicates": {"duplicate_iou": 0.2},
+}
+
+
+@pytest.mark.parametrize("name", SOFTMAX_HEADS)
+def test_softmax_heads_equal_naive_loops(name):
+    asd = method(activation="softmax", **SOFTMAX_HEADS[name])
+    student, teacher = output(6, 1, columns=4), output(8, 2, columns=4)
+    got, want = asd(student, teacher, []), reference(asd, student, teacher)
+    for key in want:
+        assert got[key].item() == pytest.approx(want[key], rel=1e-12), key
+    assert got["asd_class"] > 0
+    same = asd(teacher, teacher, [])
+    if asd.config.objective == "sample" and not asd.config.student_points:
+        assert abs(same["asd_class"].item()) < 1e-12 and same["asd_box"] < 1e-12
 
 
 @pytest.mark.parametrize("name", VARIANTS)

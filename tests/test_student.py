@@ -11,7 +11,6 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from asd_hf.classes import align_classes
 from asd_hf.commands import run
 from asd_hf.criterion import DetectionCriterion
 from asd_hf.detectors import get_adapter
@@ -389,26 +388,6 @@ def test_a_backbone_is_copied_as_a_whole_or_not_at_all():
     copied = copy_weights(small, large)
     assert copied and not any("backbone" in name for name in copied)
     assert all(torch.equal(v, before[k]) for k, v in small.backbone.state_dict().items())
-
-
-# -- classes ----------------------------------------------------------------------------------------------------------
-
-
-def test_classes_are_aligned_by_normalised_name():
-    columns = align_classes(("Traffic Light", "dog ", "hair-drier"), ("dog", "hair drier", "cat", "traffic_light"))
-    assert columns.tolist() == [3, 0, 1] and columns.dtype == torch.int64
-
-
-def test_classes_that_cannot_be_aligned_are_one_clear_line():
-    with pytest.raises(
-        UserError, match="share no class: the teacher has cat, the student a, b, c, d, e, ... .6 in all."
-    ):
-        align_classes(tuple("abcdef"), ("cat",))
-    with pytest.raises(UserError, match="the teacher lacks 1 of the 2 classes of the student: horse"):
-        align_classes(("cat", "horse"), ("cat", "dog"))
-    with pytest.raises(UserError, match="'cat' stands more than once"):
-        align_classes(("cat",), ("cat", "Cat"))
-    assert align_classes(("cat",), ("N/A", "cat", "N/A")).tolist() == [1]
 
 
 def test_the_packaged_teacher_has_the_ap_that_its_metrics_state(tmp_path):

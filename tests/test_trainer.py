@@ -135,18 +135,6 @@ def test_a_source_of_unknown_length_needs_a_number_of_steps(shapes, tmp_path):
         trainer.train()
 
 
-def test_selected_classes_are_those_of_logits_and_of_decode():
-    adapter = get_adapter(tiny.deformable_detr(0), tiny.processor())
-    batch, columns = tiny.batch(), torch.tensor([3, 0])
-    with torch.no_grad():
-        output = adapter(batch["pixel_values"], batch["pixel_mask"])
-        selected = output.select_classes(columns)
-        again = selected.decode(*selected.decode.own)
-    assert torch.equal(selected.logits, output.logits[..., [3, 0]])
-    torch.testing.assert_close(again.logits, selected.logits)
-    assert torch.equal(selected.boxes, output.boxes)
-
-
 def test_gradient_norms_are_those_at_the_predictions():
     student = get_adapter(tiny.deformable_detr(0), tiny.processor())
     teacher = get_adapter(tiny.deformable_detr(1).eval(), tiny.processor())
