@@ -16,8 +16,7 @@ class LwDetrAdapter(DetectorAdapter):
     """Adapter of `LwDetrForObjectDetection`.
 
     In training mode the model answers for all its groups of queries; the output shows the first one, which is the one
-    of evaluation, and Transformers' own loss takes all. The ViT sees the padding, the decoder does not: boxes are
-    relative to the valid image, its sides rounded up to whole patches.
+    of evaluation, and Transformers' own loss takes all. The loss of eval mode is that of the first group.
     """
 
     processor_class = DeformableDetrImageProcessor
@@ -54,6 +53,9 @@ class LwDetrAdapter(DetectorAdapter):
 
     def forward(self, pixels: Tensor, mask: Tensor, labels: list[dict] | None) -> DetectorOutput:
         core, config = self.model.model, self.model.config
+        mask, scale = self._whole_cells(mask)
+        if labels is not None:
+            labels = [label | {"boxes": label["boxes"] / s} for label, s in zip(labels, scale, strict=True)]
         proposal_heads = [*core.enc_out_class_embed, *core.enc_out_bbox_embed]
         with (
             self.tap({"features": core.backbone.projector, "decoder": core.decoder}) as seen,
@@ -89,10 +91,23 @@ class LwDetrAdapter(DetectorAdapter):
         if labels is not None:
             with torch.autocast(pixels.device.type, enabled=False):
                 output.losses = self._losses(out, logits, boxes, labels)
-        return output
+        return output.map_boxes(scale)
+
+    def _whole_cells(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """`mask` with its sides rounded up to the coarsest stride, and how much larger they are, (B, 1, 4).
+
+        The model counts the valid cells of each feature map and has its boxes relative to so many: with sides in
+        between, to a larger image than the valid one, and to another one in each map.
+        """
+        stride, (height, width) = max(self.spec.strides), mask.shape[1:]
+        valid = torch.stack([mask[:, 0].sum(1), mask[:, :, 0].sum(1)], 1)  # width, height
+        whole = (valid + stride - 1).div(stride, rounding_mode="floor") * stride
+        columns = torch.arange(width, device=mask.device) < whole[:, :1]
+        rows = torch.arange(height, device=mask.device) < whole[:, 1:]
+        return rows[:, :, None] & columns[:, None], (whole / valid).repeat(1, 2)[:, None]
 
     def _predict(self, hidden: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (L, B, Q, C) and boxes (L, B, Q, 4) of hidden states (L, B, Q, D); no layer refines the references."""
+        """Logits (L, B, Q, C) and boxes (L, B, Q, 4) of hidden states (L, B, Q, D); no layer moves the references."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.model.class_embed(hidden), refine_bboxes(references[None], self.model.bbox_embed(hidden))
 
