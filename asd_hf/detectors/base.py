@@ -178,7 +178,7 @@ class DetectorAdapter:
     def outside_autocast(modules: Iterable[nn.Module | None]) -> Iterator[None]:
         """Runs `modules` in their own precision during the block, whatever autocast says."""
         with ExitStack() as stack:
-            for module in filter(None, modules):
+            for module in dict.fromkeys(filter(None, modules)):  # layers may share one
                 module.forward = _outside_autocast(module)
                 stack.callback(delattr, module, "forward")
             yield
@@ -313,12 +313,14 @@ def _is_frozen_batch_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith("FrozenBatchNorm2d")  # each family of Transformers has its own
 
 
-def _outside_autocast(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    forward, dtype = module.forward, next(module.parameters()).dtype
+def _outside_autocast(module: nn.Module) -> Callable[..., Tensor]:
+    forward, parameter = module.forward, next(module.parameters(), None)
 
-    def precise(x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return forward(x.to(dtype))
+    def precise(*inputs: Tensor) -> Tensor:
+        if parameter is not None:
+            inputs = tuple(x.to(parameter.dtype) for x in inputs)
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return forward(*inputs)
 
     return precise
 
