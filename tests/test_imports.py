@@ -60,7 +60,7 @@ PARENTS = {  # families of detectors that are another family with changes
     "conditional_detr": "detr",
     "dab_detr": "conditional_detr",
     "rt_detr_v2": "rt_detr",
-    "d_fine": "rt_detr",
+    "d_fine": "rt_detr_v2",
     "deimv2": "d_fine",
     "rf_detr": "lw_detr",
     "mm_grounding_dino": "grounding_dino",
