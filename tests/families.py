@@ -182,25 +182,31 @@ def yolos(classes=tiny.CLASSES, num_queries=12, seed=0):
 
 def rt_detr(classes=tiny.CLASSES, num_queries=12, seed=0):
     values = REAL_TIME | {"backbone_config": dict(RT_RESNET), "num_queries": num_queries}
-    return _build(RTDetrForObjectDetection, RTDetrConfig, RTDetrImageProcessor(size=SQUARE), classes, seed, **values)
+    return _build_lively(
+        RTDetrForObjectDetection, RTDetrConfig, RTDetrImageProcessor(size=SQUARE), classes, seed, **values
+    )
 
 
 def rt_detr_v2(classes=tiny.CLASSES, num_queries=12, seed=0):
     values = REAL_TIME | {"backbone_config": dict(RT_RESNET), "num_queries": num_queries}
     processor = RTDetrImageProcessor(size=SQUARE)
-    return _build(RTDetrV2ForObjectDetection, RTDetrV2Config, processor, classes, seed, **values)
+    return _build_lively(RTDetrV2ForObjectDetection, RTDetrV2Config, processor, classes, seed, **values)
 
 
 def d_fine(classes=tiny.CLASSES, num_queries=12, seed=0):
     values = REAL_TIME | {"backbone_config": dict(HGNET), "encoder_in_channels": [32, 32, 32], "depth_mult": 0.34}
     values |= {"num_queries": num_queries}
-    return _build(DFineForObjectDetection, DFineConfig, RTDetrImageProcessor(size=SQUARE), classes, seed, **values)
+    return _build_lively(
+        DFineForObjectDetection, DFineConfig, RTDetrImageProcessor(size=SQUARE), classes, seed, **values
+    )
 
 
 def deimv2(classes=tiny.CLASSES, num_queries=12, seed=0):
     values = REAL_TIME | {"backbone_config": dict(HGNET), "encoder_in_channels": [32, 32, 32], "depth_mult": 0.34}
     values |= {"num_queries": num_queries}
-    return _build(Deimv2ForObjectDetection, Deimv2Config, RTDetrImageProcessor(size=SQUARE), classes, seed, **values)
+    return _build_lively(
+        Deimv2ForObjectDetection, Deimv2Config, RTDetrImageProcessor(size=SQUARE), classes, seed, **values
+    )
 
 
 def lw_detr(classes=tiny.CLASSES, num_queries=12, seed=0):
