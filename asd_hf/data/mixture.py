@@ -40,11 +40,13 @@ class MixtureReader:
         return (row for _, row in merged)
 
     def _spread(self, part: int, shard: int) -> Iterator[tuple[float, dict[str, Any]]]:
-        """The rows of a part, each with its place in (0, 1); without lengths row i has the place i + 0.5."""
+        """The rows of a part, each with its place in (0, 1); without lengths row i has its place in (i, i + 1)."""
         stream = self.parts[part].shard(num_shards=self.num_shards, index=shard, contiguous=False)
         length = 1 if self.lengths is None else sum(self.lengths[part][shard :: self.num_shards])
+        # `datasets` reads several shards side by side: in one phase they would all come to a rare row at once
+        phase = 0.5 if part else (shard + 0.5) / self.num_shards
         for number, row in enumerate(read_rows(stream)):
-            yield (number + 0.5) / length, row
+            yield (number + phase) / length, row
 
 
 def mark_unlabelled(source: Source) -> Source:

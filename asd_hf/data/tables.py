@@ -107,7 +107,7 @@ def _find_shards(folder: Path, split: str, suffix: str) -> list[Path]:
 
 def _open_folder(folder: Path, split: str, labelled: bool) -> Raw:
     if _is_saved(folder):
-        return _open_saved(folder, split)
+        return _open_saved(folder, split, labelled)
     manifest_file = folder / f"manifest_{split}.json"
     manifest = _read_manifest(manifest_file) if manifest_file.is_file() else {}
     for suffix in ("parquet", "tar"):
@@ -131,7 +131,7 @@ def _open_folder(folder: Path, split: str, labelled: bool) -> Raw:
     )
 
 
-def _open_saved(folder: Path, split: str) -> Raw:
+def _open_saved(folder: Path, split: str, labelled: bool) -> Raw:
     data = datasets.load_from_disk(str(folder))
     splits = data if isinstance(data, datasets.DatasetDict) else {str(data.split): data}
     if split not in splits:
@@ -148,7 +148,7 @@ def _open_saved(folder: Path, split: str) -> Raw:
         stream=data.to_iterable_dataset(num_shards=num_shards),
         lengths=cut_evenly(len(data), num_shards),
         fingerprint=data._fingerprint,
-        annotations=_without_images(data).to_iterable_dataset(num_shards=1),
+        annotations=_without_images(data).to_iterable_dataset(num_shards=1) if labelled else None,
         folder=folder,
     )
 
