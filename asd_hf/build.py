@@ -17,7 +17,6 @@ from .data import (
     resize_spec,
     teacher_view,
 )
-from .detectors import get_adapter
 from .detectors.base import DetectorAdapter
 from .errors import UserError
 from .methods import DistillationMethod
@@ -65,14 +64,13 @@ class Parts:
     def teacher(self) -> DetectorAdapter | None:
         if self.run.model.teacher is None:
             return None
-        teacher = get_adapter(*load_teacher(self.run.model.teacher))
+        teacher = load_teacher(self.run.model.teacher)
         prompt_teacher(teacher, self.class_names, self.run.model.class_map)
         return teacher
 
     @cached_property
     def student(self) -> DetectorAdapter:
-        known = (None, None) if self.teacher is None else (self.teacher.model, self.teacher.processor)
-        return get_adapter(*build_student(self.run.model.student, *known, self.class_names, self.size))
+        return build_student(self.run.model.student, self.teacher, self.class_names, self.size)
 
     @property
     def size(self) -> dict[str, int]:

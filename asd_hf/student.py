@@ -88,8 +88,8 @@ class ModelConfig:
     )
 
 
-def load_teacher(name: str, key: str = "model.teacher") -> tuple[nn.Module, Any]:
-    """A frozen detector in eval mode and its processor, of a Hub id, a folder or a key of `PACKAGED`.
+def load_teacher(name: str, key: str = "model.teacher") -> DetectorAdapter:
+    """A frozen detector in eval mode, of a Hub id, a folder or a key of `PACKAGED`.
 
     Args:
         key: where the name stands, for the message.
@@ -97,8 +97,9 @@ def load_teacher(name: str, key: str = "model.teacher") -> tuple[nn.Module, Any]
     Raises:
         UserError: no such model, or it is no detector of a known family, lacks weights or a processor.
     """
-    model, processor = _load_detector(str(PACKAGED.get(name, name)), key)
-    return model.requires_grad_(False).eval(), processor
+    teacher = _load_detector(str(PACKAGED.get(name, name)), key)
+    teacher.model.requires_grad_(False).eval()
+    return teacher
 
 
 def prompt_teacher(
@@ -111,12 +112,11 @@ def prompt_teacher(
 
 def build_student(
     config: StudentConfig | str,
-    teacher_model: nn.Module | None,
-    teacher_processor,
+    teacher: DetectorAdapter | None,
     class_names: tuple[str, ...],
     size: dict[str, int],
-) -> tuple[nn.Module, Any]:
-    """Loads or builds the student and sets what of it is trained.
+) -> DetectorAdapter:
+    """Loads or builds the student, in training mode, and sets what of it is trained.
 
     Its classes are `class_names`, in this order. A checkpoint with other classes keeps the weights of those that it
     knows by name. New weights are drawn from torch's global generator.
@@ -128,7 +128,6 @@ def build_student(
         UserError: an option is unknown, contradicts another or cannot be built.
     """
     config = StudentConfig(checkpoint=config) if isinstance(config, str) else config
-    teacher = None if teacher_model is None else get_adapter(teacher_model, teacher_processor)
     pretrained = config.pretrained_backbone
     if config.checkpoint is not None:
         unused = ("base", "backbone", "encoder_layers", "decoder_layers", "num_queries", "d_model", "config")
@@ -136,36 +135,33 @@ def build_student(
         for name in (*unused, "pretrained_backbone", "copy_weights"):
             if getattr(config, name) != getattr(new, name):
                 raise UserError(f"model.student.{name} is for a new student: {config.checkpoint} is loaded as it is")
-        model, processor = _load_detector(config.checkpoint, "model.student.checkpoint", size=dict(size))
-        student, pretrained = get_adapter(model, processor), True
-        if student.open_vocabulary:
-            raise UserError(
-                f"model.student: {config.checkpoint} is a {model.config.model_type}: it can only be a teacher"
-            )
+        student = _load_detector(config.checkpoint, "model.student.checkpoint", size=dict(size))
+        pretrained = True
     else:
         if config.copy_weights and teacher is None:
             raise UserError("model.student.copy_weights needs model.teacher")
         if config.copy_weights and teacher.open_vocabulary:
             raise UserError(
-                f"model.student.copy_weights: no student has the form of a {teacher_model.config.model_type}"
+                f"model.student.copy_weights: no student has the form of a {teacher.model.config.model_type}"
             )
         names = teacher.spec.class_names if config.copy_weights else tuple(class_names)
-        architecture = _architecture(config, teacher_model, names)
-        model = _new_model(architecture)
-        known = None if teacher is None else teacher.processor
-        student = get_adapter(model, _new_processor(config, architecture.model_type, known, size))
+        architecture = _architecture(config, teacher, names)
+        processor = _new_processor(
+            config, architecture.model_type, None if teacher is None else teacher.processor, size
+        )
+        student = get_adapter(_new_model(architecture), processor)
         student.reset_transformer()
         student.reset_heads()
         if config.copy_weights:
             copied = copy_weights(student, teacher)
             logger.info("copied %d modules of the teacher: %s", len(copied), ", ".join(copied))
             pretrained = pretrained or any(
-                model.get_submodule(name) in set(student.backbone.modules()) for name in copied
+                student.model.get_submodule(name) in set(student.backbone.modules()) for name in copied
             )
         if config.pretrained_backbone:  # last: it is asked for by name
             _load_backbone_weights(student, config.backbone, architecture.backbone_config)
     _set_classes(student, tuple(class_names))
-    model.config.auxiliary_loss = student.auxiliary_loss
+    student.model.config.auxiliary_loss = student.auxiliary_loss
     stages = (
         config.frozen_stages if config.frozen_stages is not None else (student.frozen_stages if pretrained else -1)
     )
@@ -178,7 +174,8 @@ def build_student(
             "the backbone is fresh, its batch norm frozen: model.student.frozen_batch_norm=false would train it"
         )
     freeze_backbone(student, stages)
-    return model.train(), student.processor
+    student.model.train()
+    return student
 
 
 def freeze_backbone(adapter: DetectorAdapter, frozen_stages: int) -> list[str]:
@@ -300,9 +297,11 @@ def _set_classes(student: DetectorAdapter, class_names: tuple[str, ...]) -> None
     student.replace_classes(class_names, rows)
 
 
-def _load_detector(name: str, key: str, **processor_options) -> tuple[nn.Module, Any]:
+def _load_detector(name: str, key: str, **processor_options) -> DetectorAdapter:
     config = _load_config(name, key)
     open_vocabulary = adapter_class(config.model_type).open_vocabulary
+    if open_vocabulary and key.startswith("model.student"):
+        raise UserError(f"{key}: {name} is a {config.model_type}, which can only be a teacher")
     auto_model = AutoModelForZeroShotObjectDetection if open_vocabulary else AutoModelForObjectDetection
     auto_processor = AutoProcessor if open_vocabulary else AutoImageProcessor
     try:
@@ -318,7 +317,7 @@ def _load_detector(name: str, key: str, **processor_options) -> tuple[nn.Module,
         processor = auto_processor.from_pretrained(name, **processor_options)
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: {name} has no {_PROCESSOR[open_vocabulary]}: save one beside the model") from error
-    return model, processor
+    return get_adapter(model, processor)
 
 
 def _load_config(name: str, key: str) -> PreTrainedConfig:
@@ -332,15 +331,15 @@ def _load_config(name: str, key: str) -> PreTrainedConfig:
 
 
 def _architecture(
-    config: StudentConfig, teacher_model: nn.Module | None, class_names: tuple[str, ...]
+    config: StudentConfig, teacher: DetectorAdapter | None, class_names: tuple[str, ...]
 ) -> PreTrainedConfig:
     if config.base == "teacher":
-        if teacher_model is None:
+        if teacher is None:
             raise UserError(
                 f"model.student.base is 'teacher', but there is no model.teacher: name one of {', '.join(ADAPTERS)}, "
                 "a Hub id or a folder"
             )
-        base = teacher_model.config
+        base = teacher.model.config
     elif config.base in ADAPTERS:
         base = CONFIG_MAPPING[config.base]()
     else:
@@ -414,10 +413,9 @@ def _new_model(architecture: PreTrainedConfig) -> nn.Module:
         raise UserError(f"model.student cannot be built: {reason}") from error
 
 
-def _new_processor(config: StudentConfig, model_type: str, teacher_processor, size: dict[str, int]):
-    """With the pixel statistics that the first weights know: a pretrained backbone's own, or the teacher's."""
+def _new_processor(config: StudentConfig, model_type: str, known, size: dict[str, int]):
+    """With the pixel statistics that the first weights know: a pretrained backbone's, or of `known`, the teacher's."""
     options: dict[str, Any] = {"size": dict(size)}
-    known = teacher_processor
     if config.pretrained_backbone and timm.is_model(config.backbone):
         weights = timm.get_pretrained_cfg(config.backbone)
         options |= {"do_normalize": True, "image_mean": list(weights.mean), "image_std": list(weights.std)}

@@ -215,9 +215,9 @@ def test_features_of_yolos_are_what_the_last_layer_reads():
 # -- students ---------------------------------------------------------------------------------------------------------
 
 
-def new_student(name, teacher=(None, None), **options):
+def new_student(name, teacher=None, **options):
     torch.manual_seed(1)
-    if teacher == (None, None):
+    if teacher is None:
         sizes = {"encoder_layers": 2, "num_queries": 7, "d_model": 64}
         if name == "yolos":
             options["config"] = {"num_attention_heads": 4, "intermediate_size": 32, "image_size": [64, 64]}
@@ -225,8 +225,7 @@ def new_student(name, teacher=(None, None), **options):
             sizes |= {"decoder_layers": 3, "backbone": "test_resnet"}
             options["config"] = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
         options = sizes | {"base": TYPES[name]} | options
-    model, processor = build_student(StudentConfig(**options), *teacher, ("a", "b"), dict(EDGES))
-    return get_adapter(model, processor)
+    return build_student(StudentConfig(**options), teacher, ("a", "b"), dict(EDGES))
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -273,11 +272,11 @@ def test_yolos_has_no_backbone_to_exchange_or_freeze_in_part():
 def test_a_smaller_student_copies_evenly_spaced_layers(name):
     model, processor = FAMILIES[name]()
     if name == "yolos":
-        student = new_student(name, (model, processor), encoder_layers=2, copy_weights=True)
+        student = new_student(name, get_adapter(model, processor), encoder_layers=2, copy_weights=True)
         layers, own = model.vit.encoder.layer, student.model.vit.encoder.layer
         assert_same(student.model.vit.embeddings.detection_tokens, model.vit.embeddings.detection_tokens)
     else:
-        student = new_student(name, (model, processor), decoder_layers=2, num_queries=5, copy_weights=True)
+        student = new_student(name, get_adapter(model, processor), decoder_layers=2, num_queries=5, copy_weights=True)
         layers, own = model.model.decoder.layers, student.model.model.decoder.layers
         for mine, theirs in zip(student.query_embeddings, get_adapter(model, processor).query_embeddings, strict=True):
             assert_same(mine.weight, theirs.weight[:5])

@@ -39,7 +39,10 @@ def offline(monkeypatch):
 def build(config=None, classes=tiny.CLASSES, teacher=None, processor=None):
     torch.manual_seed(1)
     teacher = teacher or tiny.deformable_detr(decoder_layers=4)
-    return build_student(config or StudentConfig(), teacher, processor or tiny.processor(), classes, SIZE)
+    student = build_student(
+        config or StudentConfig(), get_adapter(teacher, processor or tiny.processor()), classes, SIZE
+    )
+    return student.model, student.processor
 
 
 def save(model, folder, processor=None):
@@ -63,7 +66,8 @@ def train_step(adapter):
 
 def test_teacher_is_frozen_and_in_full_precision(tmp_path):
     model = tiny.deformable_detr()
-    teacher, processor = load_teacher(save(model.half(), tmp_path))
+    adapter = load_teacher(save(model.half(), tmp_path))
+    teacher, processor = adapter.model, adapter.processor
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     assert teacher.dtype == torch.float32 and processor.image_mean
     torch.testing.assert_close(teacher.class_embed[0].weight, model.class_embed[0].weight.float())
@@ -134,15 +138,16 @@ def test_new_student_has_the_options_and_fresh_heads():
 
 def test_new_student_of_a_named_architecture_needs_no_teacher():
     config = StudentConfig(base="deformable_detr", backbone="resnet18", d_model=32, encoder_layers=1, decoder_layers=2)
-    student, processor = build_student(config, None, None, ("a",), SIZE)
+    adapter = build_student(config, None, ("a",), SIZE)
+    student, processor = adapter.model, adapter.processor
     assert (
         processor.image_mean == (0.485, 0.456, 0.406)
         and student.model.backbone.model.feature_info.channels()[-1] == 512
     )
     with pytest.raises(UserError, match="there is no model.teacher"):
-        build_student(StudentConfig(), None, None, ("a",), SIZE)
+        build_student(StudentConfig(), None, ("a",), SIZE)
     with pytest.raises(UserError, match="copy_weights needs model.teacher"):
-        build_student(StudentConfig(base="deformable_detr", copy_weights=True), None, None, ("a",), SIZE)
+        build_student(StudentConfig(base="deformable_detr", copy_weights=True), None, ("a",), SIZE)
 
 
 @pytest.mark.parametrize(

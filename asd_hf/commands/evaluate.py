@@ -9,7 +9,6 @@ from accelerate import PartialState
 
 from ..config import parse_overrides
 from ..data import DataConfig, DetectionStream, RowTransform, build_loader, open_source, resize_spec
-from ..detectors import get_adapter
 from ..evaluation import TOP_K, evaluate_detector, format_table, milliseconds_per_image
 from ..student import load_teacher, prompt_teacher
 
@@ -38,7 +37,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     """Evaluates as `args` says and returns what it writes to `args.output`."""
     state = PartialState()
     source = open_source(args.data, args.split, parse_overrides(DataConfig, {}, "data", args.overrides))
-    adapter = get_adapter(*load_teacher(args.model, "--model"))
+    adapter = load_teacher(args.model, "--model")
     prompt_teacher(adapter, source.class_names)
     adapter.model.to(state.device)
     # The resolution is the model's own: it is what its processor says.
