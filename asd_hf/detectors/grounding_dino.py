@@ -103,7 +103,7 @@ class GroundingDinoAdapter(DetectorAdapter):
             Args:
                 queries: contents (B, Q, D). `decode.own` is the triple that the model asked by itself.
                 positions: None, the decoder derives them from the references.
-                references: (B, Q, 2) points or (B, Q, 4) boxes in [0, 1] of the valid image.
+                references: (B, Q, 4) boxes in [0, 1] of the valid image.
             """
             question = {
                 "inputs_embeds": queries,
@@ -135,10 +135,8 @@ class GroundingDinoAdapter(DetectorAdapter):
             known = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
             for state, reference, class_head, box_head in layers:
                 logits.append(class_head(state, text, known)[..., :count])
-                offset, origin = box_head(state), torch.special.logit(reference.to(state.dtype), eps=1e-5)
-                if origin.shape[-1] == 2:
-                    origin = nn.functional.pad(origin, (0, 2))
-                boxes.append((offset + origin).sigmoid())
+                origin = torch.special.logit(reference.to(state.dtype), eps=1e-5)
+                boxes.append((box_head(state) + origin).sigmoid())
         return torch.stack(logits), torch.stack(boxes)
 
     def _classes(self, token_logits: Tensor) -> Tensor:
