@@ -178,7 +178,7 @@ class DetectionCriterion:
         no_object = logits.shape[-1] - 1
         wanted = torch.full(logits.shape[:3], no_object, device=logits.device)
         wanted.view(-1)[query] = classes[target]
-        weight = torch.where(wanted == no_object, self.no_object_weight, 1.0).to(logits)
+        weight = torch.ones_like(logits[..., 0]).masked_fill(wanted == no_object, self.no_object_weight)
         if labelled is not None:
             weight = weight * labelled
         loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), reduction="none").view_as(weight)
