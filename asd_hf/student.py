@@ -168,8 +168,7 @@ def build_student(
     if not config.frozen_batch_norm:
         count = student.train_batch_norm(lambda name: backbone_stage(name) > stages)
         logger.info("%d batch norms of the backbone are trained", count)
-    elif not pretrained:
-        student.open_residuals()
+    elif not pretrained and student.open_residuals():
         logger.info(
             "the backbone is fresh, its batch norm frozen: model.student.frozen_batch_norm=false would train it"
         )

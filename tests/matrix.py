@@ -1,4 +1,4 @@
-"""Every family teaches every family: `python -m tests.matrix docs/matrix.md` writes the table.
+"""Every family teaches every family: `python -m tests.matrix docs/detectors.md` writes the table.
 
 Each pair trains two steps with `DistillationTrainer` on a COCO folder, with tiny random models: unequal class lists in
 another order, another number of queries, another resolution for the teacher, images of unequal sizes and without
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import transformers
 from tqdm import tqdm
 from transformers import AutoModelForObjectDetection
 
@@ -26,6 +28,34 @@ from asd_hf.trainer import DistillationTrainer
 from tests import tiny
 from tests.families import FAMILIES, STUDENTS
 from tests.tiny_data import NAMES, tiny_rows, write_coco, write_images
+
+PAGE = """# Detectors
+
+Made by `python -m tests.matrix docs/detectors.md` with transformers {version}.
+
+## What each family gives
+
+Every adapter gives logits, boxes and hidden states of all decoder layers, and the feature maps that they read.
+*Loss*: asd_hf's own criterion, equal to Transformers' loss, or Transformers' own where denoising, groups of queries
+or box distributions belong to it. *Padding*: whether the model itself knows the valid image, or is asked in the frame
+of the padded canvas and its boxes are brought back. *Other questions*: whether a method may ask the decoder other
+queries than the model's own (`decode`).
+
+{families}
+
+YOLOS shows its last layer alone, because its heads are trained on no other: use `method.layers: 1`. Grounding DINO is
+told the names of the data's classes, or those of `model.class_map`; a class's probability is the mean of its tokens'.
+
+## Which teaches which
+
+Rows are teachers, columns students. Every pair trained two steps with active sampling distillation on tiny random
+models: class lists of unequal size and order, unequal numbers of queries, a resolution of its own for the teacher,
+images of unequal sizes, some of them without labels. Losses were finite, more than half of the student's tensors
+changed, the teacher had no gradient and did not change, and the saved student, loaded by plain Transformers, answered
+the same to the last bit. A cell is the mean detection loss + distillation loss. {working} of {pairs} pairs work.
+
+{matrix}
+"""
 
 TEACHER_CLASSES = ("kite", "dog", "pizza", "cat")  # of the data's cat, dog and owl it lacks the last
 STEPS = 2
@@ -57,7 +87,7 @@ def train_pair(teacher_name: str, student_name: str, data: DataConfig, folder: P
     """Mean losses of the two steps.
 
     Raises:
-        AssertionError: what `docs/matrix.md` promises of a pair does not hold.
+        AssertionError: what `docs/detectors.md` promises of a pair does not hold.
     """
     teacher = make_teacher(teacher_name)
     student = get_adapter(*FAMILIES[student_name](classes=tuple(NAMES)))
@@ -105,6 +135,24 @@ def train_pair(teacher_name: str, student_name: str, data: DataConfig, folder: P
     return {name: sum(row.get(name, 0.0) for row in history) / STEPS for name in losses}
 
 
+def _families() -> Iterator[str]:
+    yield "| family | classes | loss | padding | sides are multiples of | other questions | role |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for name in FAMILIES:
+        adapter = make_teacher(name)
+        spec, student = adapter.spec, name in STUDENTS
+        cells = [
+            name,
+            spec.activation,
+            "-" if not student else "Transformers'" if adapter.own_loss else "asd_hf's",
+            "canvas" if adapter.sees_padding else "valid image",
+            str(adapter.size_divisor) if adapter.size_divisor > 1 else "any",
+            "yes" if "decode" in spec.capabilities else "no",
+            "teacher, student" if student else "teacher",
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
 def write_table(file: Path) -> None:
     rows, failed = {}, []
     with tempfile.TemporaryDirectory() as root:
@@ -118,23 +166,17 @@ def write_table(file: Path) -> None:
                 except Exception as error:  # the table shows every pair, also those that fail
                     rows[teacher, student] = "**failed**"
                     failed.append(f"{teacher} -> {student}: {' '.join(str(error).split())[:200]}")
-    lines = [
-        "# Which detector teaches which",
-        "",
-        "Rows are teachers, columns students. Every pair trained two steps with active sampling distillation on",
-        "tiny random models: class lists of unequal size and order, unequal numbers of queries, a resolution of",
-        "its own for the teacher, images of unequal sizes, some of them without labels. Losses were finite, more",
-        "than half of the student's tensors changed, the teacher had no gradient and did not change, and the saved",
-        "student, loaded by plain Transformers, answered the same to the last bit. A cell is the mean detection",
-        "loss + distillation loss.",
-        "",
-        f"Made by `python -m tests.matrix docs/matrix.md`: {len(rows) - len(failed)} of {len(rows)} pairs work.",
-        "",
-        "| teacher \\ student | " + " | ".join(STUDENTS) + " |",
-        "| --- " * (len(STUDENTS) + 1) + "|",
-        *(f"| {t} | " + " | ".join(rows[t, s] for s in STUDENTS) + " |" for t in FAMILIES),
-    ]
-    file.write_text("\n".join([*lines, "", *failed]).rstrip() + "\n")
+    header = f"| teacher \\ student | {' | '.join(STUDENTS)} |\n{'| --- ' * (len(STUDENTS) + 1)}|"
+    matrix = "\n".join(f"| {t} | " + " | ".join(rows[t, s] for s in STUDENTS) + " |" for t in FAMILIES)
+    file.write_text(
+        PAGE.format(
+            version=transformers.__version__,
+            families="\n".join(_families()),
+            working=len(rows) - len(failed),
+            pairs=len(rows),
+            matrix=f"{header}\n{matrix}",
+        )
+    )
     if failed:
         sys.exit("\n".join(failed))
 

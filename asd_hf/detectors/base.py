@@ -262,14 +262,19 @@ class DetectorAdapter:
         config.label2id = {name: i for i, name in enumerate(class_names)}
         self.spec = replace(self.spec, class_names=tuple(class_names))
 
-    def open_residuals(self) -> None:
+    def open_residuals(self) -> int:
         """Lets the residual blocks of a fresh backbone take part under frozen batch norm.
 
         timm starts the last batch norm of each block at zero, to be learnt; frozen, it would shut the block for ever.
+
+        Returns:
+            How many batch norms are frozen.
         """
-        for module in self.backbone.modules():
-            if _is_frozen_batch_norm(module) and not module.weight.any():
+        frozen = [module for module in self.backbone.modules() if _is_frozen_batch_norm(module)]
+        for module in frozen:
+            if not module.weight.any():
                 module.weight.fill_(1)
+        return len(frozen)
 
     def train_batch_norm(self, wanted: Callable[[str], bool]) -> int:
         """Puts trainable batch norm in the place of frozen ones of the backbone.

@@ -1,0 +1,170 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from asd_hf.build import Parts
+from asd_hf.commands import run
+from asd_hf.config import build_config
+from asd_hf.data import make_shapes
+from asd_hf.doctor import ADAPTED, OK, REFUSED, check, report
+from asd_hf.errors import UserError
+from tests import tiny
+from tests.families import FAMILIES
+from tests.tiny_data import NAMES, tiny_rows, write_coco, write_images
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A data set and a teacher of each of some families, which knows its classes in another order, and more."""
+    root = tmp_path_factory.mktemp("doctor")
+    write_coco(root / "coco", "train", tiny_rows(12))
+    write_coco(root / "coco", "val", tiny_rows(4))
+    write_images(root / "more", tiny_rows(4, first_id=900))
+    for family, classes in {
+        "deformable_detr": ("bus", *reversed(NAMES)),
+        "detr": NAMES,
+        "rt_detr": ("cat", "yak"),
+    }.items():
+        model, processor = FAMILIES[family](classes=tuple(classes), num_queries=9)
+        model.save_pretrained(root / family)
+        processor.save_pretrained(root / family)
+    return root
+
+
+def configuration(places, teacher="deformable_detr", student=None, data=None, method=None, **training):
+    small = {"base": "deformable_detr", "d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 12}
+    small["config"] = {
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "backbone_config": tiny.HF_RESNET,
+    }
+    sizes = {"train_sizes": [64, 80], "eval_size": 80, "max_size": 112}
+    return {
+        "model": {"teacher": teacher and str(places / teacher), "student": small | (student or {})},
+        "data": {"source": str(places / "coco")} | sizes | (data or {}),
+        "method": {"name": "asd", "hidden_dim": 16, "key_dim": 16} | (method or {}) if teacher else {},
+        "training": {"use_cpu": True, "max_steps": 4, "per_device_train_batch_size": 2} | training,
+    }
+
+
+def findings_of(places, *args, **kwargs):
+    torch.manual_seed(0)
+    return {f.topic: f for f in check(Parts(build_config(configuration(places, *args, **kwargs))))}
+
+
+def test_what_differs_is_adapted_and_said(places):
+    found = findings_of(places, data={"teacher_size": 96, "unlabelled": str(places / "more")})
+    assert found["classes"].verdict == ADAPTED
+    assert found["classes"].text == "all 3 found by name, 1 more of the teacher are left out"
+    assert (found["queries"].verdict, found["queries"].text) == (
+        ADAPTED,
+        "teacher 9, student 12: no matching is needed",
+    )
+    assert (found["layers"].verdict, found["layers"].text[:20]) == (ADAPTED, "teacher 3, student 2")
+    assert found["head"].verdict == found["data"].verdict == found["method"].verdict == OK
+    assert "16 images to train on, those of" in found["data"].text and "4 to evaluate on" in found["data"].text
+    assert found["input sizes"].verdict == ADAPTED
+    assert "student shorter side 80, longer at most 112, teacher shorter side 96" in found["input sizes"].text
+
+
+def test_heads_of_two_kinds(places):
+    found = findings_of(places, "detr")
+    assert (
+        found["head"].verdict == ADAPTED
+        and "softmax probabilities are compared in the sigmoid form" in found["head"].text
+    )
+    assert found["classes"].verdict == OK
+
+
+def test_a_teacher_that_lacks_classes(places):
+    found = findings_of(places, "rt_detr")
+    assert found["classes"].verdict == ADAPTED
+    assert "1 of 3 are shared; the teacher lacks dog, owl: masked from the class terms" in found["classes"].text
+    assert found["normalisation"].verdict == OK  # a new student takes the teacher's
+    assert "padding mask" in found["input sizes"].text
+
+
+def test_without_a_teacher(places):
+    found = findings_of(places, None)
+    assert set(found) == {"data", "teacher", "student", "loss", "input sizes"}
+    assert all(finding.verdict == OK for finding in found.values())
+
+
+def refused(places, *args, **kwargs):
+    found = findings_of(places, *args, **kwargs)
+    wrong = [f for f in found.values() if f.verdict == REFUSED]
+    assert len(wrong) == 1 and wrong[0] is list(found.values())[-1] or wrong[0].topic == "input sizes"
+    return wrong[0]
+
+
+def test_what_cannot_be_is_refused_under_its_topic(places):
+    assert refused(places, data={"eval_split": "test"}).topic == "data"
+    assert refused(places, "nothing").topic == "teacher"
+    found = refused(places, student={"backbone": "resnet1", "config": {}})
+    assert found.topic == "student" and "timm has no 'resnet1'" in found.text
+    found = refused(places, method={"layers": 3})
+    assert found.topic == "method" and "the student has 2 decoder layers" in found.text
+    real_time = {"base": str(places / "rt_detr"), "config": {}, "encoder_layers": None, "d_model": None}
+    found = refused(places, student=real_time)
+    assert found.topic == "input sizes" and "multiples of 32" in found.text and "data.resize: fixed" in found.remedy
+    with pytest.raises(UserError, match="multiples of 32.*set data.resize: fixed"):
+        report([found])
+
+
+def test_no_class_in_common_is_refused(places, tmp_path):
+    write_coco(tmp_path / "coco", "train", tiny_rows(4))
+    file = tmp_path / "coco/annotations/instances_train.json"
+    contents = json.loads(file.read_text())
+    for category in contents["categories"]:
+        category["name"] += " (toy)"
+    file.write_text(json.dumps(contents))
+    found = refused(places, data={"source": str(tmp_path / "coco"), "eval_split": "train"})
+    assert found.topic == "classes" and "share no class" in found.text and "model.class_map" in found.text
+
+
+def test_the_command_measures_teacher_steps_and_gradients(places, tmp_path, capsys):
+    make_shapes(tmp_path / "shapes", num_train=40, num_val=20, image_size=64, seed=3)
+    values = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
+    values["data"]["source"] = str(tmp_path / "shapes")
+    values["training"] |= {"output_dir": str(tmp_path / "never"), "use_cpu": True, "dataloader_num_workers": 0}
+    values["training"] |= {"per_device_train_batch_size": 4}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values))
+    assert run("doctor", ["--config", str(file), "--images", "20", "--steps", "2"]) == 0
+    out = capsys.readouterr().out
+    table = {line.split("  ")[0]: line for line in out.splitlines() if line}
+    assert "AP 6" in table["teacher's AP"] or "AP 7" in table["teacher's AP"] or "AP 5" in table["teacher's AP"]
+    assert "ms for a batch of 4 on cpu; 2000 steps" in table["time"] and "GiB" in table["memory"]
+    ratio, weight, wanted = (float(x.split("=")[-1]) for x in table["asd_box"].split()[1:])
+    assert weight == 5 and ratio > 0 and wanted == pytest.approx(weight / ratio, rel=0.02)
+    assert table["asd_sampling"].split()[1] == "0"  # it trains the sampler alone
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_teacher_that_finds_nothing_is_refused(places, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(configuration(places, output_dir=str(tmp_path / "never"))))
+    assert run("doctor", ["--config", str(file), "--images", "4", "--steps", "0"]) == 2
+    captured = capsys.readouterr()
+    assert "REFUSED  AP 0." in captured.out and "a student can learn nothing from it" in captured.out
+    assert captured.err.strip().splitlines()[-1] == "error: 1 of 12 points are refused: see the table"
+
+
+def test_train_checks_before_it_trains(places, tmp_path):
+    values = configuration(places, data={"eval_split": "test"}, output_dir=str(tmp_path / "out"))
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values))
+    done = subprocess.run(
+        [sys.executable, "-m", "asd_hf.commands", "train", "--config", str(file)], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "data  REFUSED" in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ") and "instances_test.json" in done.stderr
