@@ -44,6 +44,14 @@ class DFineAdapter(RTDetrV2Adapter):
         quality = [layer.reg_conf for layer in decoder.lqe_layers]
         return [*super()._precise_modules(), decoder.pre_bbox_head, decoder.integral, *quality]
 
+    @classmethod
+    def config_values(cls, **sizes: int | None) -> dict:
+        values = super().config_values(**sizes)
+        if "d_model" in values:
+            # Saved with the configuration and checked against the width; all published models have 8 heads.
+            values["head_dim"] = values["d_model"] // 8
+        return values
+
     @property
     def layer_lists(self) -> dict[str, int]:
         return super().layer_lists | {"model.decoder.lqe_layers": self.model.config.decoder_layers}
