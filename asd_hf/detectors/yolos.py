@@ -12,9 +12,9 @@ from .base import DetectorAdapter, DetectorOutput, DetectorSpec, class_names_of,
 class YolosAdapter(DetectorAdapter):
     """Adapter of `YolosForObjectDetection`.
 
-    It has one layer of predictions, the last: the heads are trained on nothing else, neither in the original nor in
-    Transformers, so they read nothing but noise from earlier layers. A method that takes more layers must be told
-    so, for it says so. There is no decoder to ask: detection tokens change what the image's own tokens see.
+    It has one layer of predictions, the last: its heads are trained on nothing else, neither in the original nor in
+    Transformers, and earlier layers would read as noise. So a method can distil one layer of it and no more. There is
+    no decoder to ask: detection tokens change what the image's own tokens see.
 
     `features` are the patches as the last layer reads them: what it makes of them itself, no head ever sees. The
     backbone is the patch embedding alone; the transformer behind it is the detector.
