@@ -233,6 +233,20 @@ def test_the_split_is_train_where_none_is_named(tmp_path):
         unlabelled("shapes#vall")
 
 
+def test_a_folder_of_tables_is_no_folder_of_images(tmp_path):
+    folder = tmp_path / "t"
+    write_table(folder, "parquet", *table("lists", BARE))
+    write_images(folder / "images", BARE[:4])
+    assert unlabelled(folder).num_rows == 4  # its shards are of another split
+    for number in range(2):
+        name = f"{number:05d}-of-00002.parquet"
+        (folder / f"val-{name}").rename(folder / f"train-{name}")
+    assert unlabelled(folder).num_rows == len(BARE)
+    write_table(tmp_path / "saved", "saved", *table("lists", BARE))
+    write_images(tmp_path / "saved/images", BARE[:4])
+    assert unlabelled(tmp_path / "saved").num_rows == 3  # as `write_table` fills the split train
+
+
 def test_a_file_without_annotations_is_not_labelled(tmp_path):
     write_coco(tmp_path, "val", BARE)
     image_info(tmp_path, "val")
@@ -338,12 +352,20 @@ def test_batches_are_mixed_as_the_whole_is(first, second, readers):
     chance = (share * (1 - share) / size) ** 0.5  # standard deviation of a batch
     found = []
     for rank in range(0, readers, 3):
-        stream = stream_over(source, size, rank=rank, world_size=readers, shuffle_buffer=64)
+        stream = stream_over(source, size, rank=rank, world_size=readers, shuffle_buffer=32)
         found.append([np.mean([i >= UNLABELLED_BIT for i in batch]) for batch in batches(stream)])
         assert abs(np.mean(found[-1]) - share) < 4 * chance / len(found[-1]) ** 0.5
     found = np.concatenate(found)
     assert abs(found.mean() - share) < 0.02
-    assert found.std() < 1.1 * chance and np.abs(found - share).max() < 4 * chance + 1 / size
+    assert np.abs(found - share).max() < 4 * chance + 1 / size
+    assert found.std() < chance * (1 + 3 / (2 * len(found)) ** 0.5)
+
+
+def test_the_lengths_of_the_shards_of_a_mixture():
+    source = mix(numbered([5, 6]), numbered([1, 2, 30, 4], bare=True))
+    assert source.shard_lengths == [5 + 1 + 30, 6 + 2 + 4]
+    own = [list(read_rows(source.stream.shard(num_shards=2, index=shard))) for shard in range(2)]
+    assert [len(rows) for rows in own] == source.shard_lengths
 
 
 def test_the_shards_of_a_mixture_are_shared_out_by_readers():
