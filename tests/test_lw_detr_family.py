@@ -64,7 +64,7 @@ def off_grid(adapter, boxes, sizes):
     return worst
 
 
-@pytest.mark.parametrize("sizes", [SIZES, ((64, 90), (70, 64)), ((128, 107), (50, 77))])
+@pytest.mark.parametrize("sizes", [SIZES, ((64, 90), (70, 64)), ((128, 107), (50, 77)), ((72, 75), (50, 77))])
 def test_proposals_stand_at_their_cells_of_the_valid_image(adapter, sizes):
     for model in (still(adapter), still(two_levels()), still(two_levels(windows=1))):
         batch = tiny.batch(2, sizes=sizes)
@@ -202,8 +202,11 @@ def test_without_labelled_images_the_loss_is_asked_all_the_same(adapter):
 def test_the_loss_sees_heads_in_full_precision(adapter):
     batch, seen, original = tiny.batch(2, sizes=((96, 96),)), [], adapter.model.loss_function
     adapter.model.loss_function = lambda *inputs: seen.extend(inputs) or original(*inputs)
-    with torch.autocast("cpu", torch.bfloat16):
+    core = adapter.model.model
+    chosen = {"classes": core.enc_out_class_embed[0], "boxes": core.enc_out_bbox_embed[0]}
+    with torch.autocast("cpu", torch.bfloat16), adapter.tap(chosen) as proposals:
         losses = ask(train(adapter), batch, labels=True).losses
+    assert all(x.dtype == torch.float32 for _, _, x in proposals.values())
     floats = [x for x in seen if isinstance(x, torch.Tensor)]
     assert len(floats) == 6 and all(x.dtype == torch.float32 for x in (*floats, *losses.values()))
     for logits in (floats[0], floats[4]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import copy
 
 import torch
@@ -49,17 +50,19 @@ class LwDetrAdapter(DetectorAdapter):
     @property
     def size_divisor(self) -> int:
         vit = self.model.config.backbone_config
-        return vit.patch_size * vit.num_windows_side
+        return math.lcm(vit.patch_size * vit.num_windows_side, *self.spec.strides)
 
     def forward(self, pixels: Tensor, mask: Tensor, labels: list[dict] | None) -> DetectorOutput:
         core, config = self.model.model, self.model.config
         mask, scale = self._whole_cells(mask)
         if labels is not None:
             labels = [label | {"boxes": label["boxes"] / s} for label, s in zip(labels, scale, strict=True)]
-        proposal_heads = [*core.enc_out_class_embed, *core.enc_out_bbox_embed]
+        precise = [*core.enc_out_class_embed, *core.enc_out_bbox_embed]
+        # The proposals are computed in the precision of the feature maps, which in bf16 has steps of 1/256.
+        precise += [m for name, m in core.backbone.projector.named_modules() if name.endswith("layer_norm")]
         with (
             self.tap({"features": core.backbone.projector, "decoder": core.decoder}) as seen,
-            self.outside_autocast(proposal_heads),
+            self.outside_autocast(precise),
         ):
             # The core and not the whole model: that would run the heads a second time, and in autocast.
             out = core(pixel_values=pixels, pixel_mask=mask)
