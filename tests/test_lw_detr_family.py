@@ -199,6 +199,23 @@ def test_without_labelled_images_the_loss_is_asked_all_the_same(adapter):
     assert len(calls) == 1 and all(loss == 0 for loss in losses.values())
 
 
+def test_unlabelled_images_take_no_part(adapter):
+    """With confident heads, since at the initial ones the background costs next to nothing."""
+    with torch.no_grad():
+        for head in adapter.class_heads:
+            head.bias.zero_()
+    batch, losses = tiny.batch(2, sizes=((96, 96),), boxes=(3, 0)), []
+    for flag in (False, True):
+        batch["labels"][1]["labelled"] = torch.tensor(flag)
+        for _ in range(2):
+            batch["pixel_values"][1] = 255 - batch["pixel_values"][1]
+            losses.append(ask(train(adapter), batch, labels=True).losses)
+    for name, loss in losses[0].items():
+        torch.testing.assert_close(loss, losses[1][name], rtol=1e-6, atol=0)
+    assert (losses[2]["loss_ce"] - losses[3]["loss_ce"]).abs() > 1e-3
+    assert losses[0]["loss_ce"] < 0.7 * losses[2]["loss_ce"]
+
+
 def test_the_loss_sees_heads_in_full_precision(adapter):
     batch, seen, original = tiny.batch(2, sizes=((96, 96),)), [], adapter.model.loss_function
     adapter.model.loss_function = lambda *inputs: seen.extend(inputs) or original(*inputs)
