@@ -13,47 +13,15 @@ from asd_hf.config import build_config
 from asd_hf.data import make_shapes
 from asd_hf.doctor import ADAPTED, OK, REFUSED, check, report
 from asd_hf.errors import UserError
-from tests import tiny
-from tests.families import FAMILIES
-from tests.tiny_data import NAMES, tiny_rows, write_coco, write_images
+from tests.tiny_data import tiny_rows, write_coco
+from tests.tiny_run import configuration, write_places
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """A data set and a teacher of each of some families, which knows its classes in another order, and more."""
-    root = tmp_path_factory.mktemp("doctor")
-    write_coco(root / "coco", "train", tiny_rows(12))
-    write_coco(root / "coco", "val", tiny_rows(4))
-    write_images(root / "more", tiny_rows(4, first_id=900))
-    for family, classes in {
-        "deformable_detr": ("bus", *reversed(NAMES)),
-        "detr": NAMES,
-        "rt_detr": ("cat", "yak"),
-    }.items():
-        model, processor = FAMILIES[family](classes=tuple(classes), num_queries=9)
-        model.save_pretrained(root / family)
-        processor.save_pretrained(root / family)
-    return root
-
-
-def configuration(places, teacher="deformable_detr", student=None, data=None, method=None, **training):
-    small = {"base": "deformable_detr", "d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 12}
-    small["config"] = {
-        "encoder_ffn_dim": 32,
-        "decoder_ffn_dim": 32,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "backbone_config": tiny.HF_RESNET,
-    }
-    sizes = {"train_sizes": [64, 80], "eval_size": 80, "max_size": 112}
-    return {
-        "model": {"teacher": teacher and str(places / teacher), "student": small | (student or {})},
-        "data": {"source": str(places / "coco")} | sizes | (data or {}),
-        "method": {"name": "asd", "hidden_dim": 16, "key_dim": 16} | (method or {}) if teacher else {},
-        "training": {"use_cpu": True, "max_steps": 4, "per_device_train_batch_size": 2} | training,
-    }
+    return write_places(tmp_path_factory.mktemp("doctor"))
 
 
 def findings_of(places, *args, **kwargs):
