@@ -146,10 +146,6 @@ class GroundingDinoAdapter(DetectorAdapter):
         yes, no = (F.logsigmoid(x).masked_fill(absent, -torch.inf).logsumexp(-1) for x in (own, -own))
         return yes - no
 
-    @classmethod
-    def config_values(cls, **sizes: int | None) -> dict[str, int]:
-        raise UserError(f"model.student: a {cls.__name__.removesuffix('Adapter')} can only be a teacher")
-
     @property
     def class_heads(self) -> list[nn.Linear]:
         raise UserError(f"{self.spec.family} has no class heads: it can only be a teacher")
