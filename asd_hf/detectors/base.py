@@ -87,6 +87,8 @@ class DetectorAdapter:
         backbone_type: the only model_type of a backbone that the family's code can take, if it is written for one.
         config_names: what the options of a new student (encoder_layers, decoder_layers, num_queries, d_model) are
             called in the family's configuration.
+        default_values: of the configuration of a new student, where Transformers' own build no model.
+        derived_values: what the configuration computes of its other values, so that it must not be told.
         slow_parameters: fragments of the names of parameters that train at a tenth of the rate.
         frozen_stages: of a pretrained backbone, as the family is trained; see `student.freeze_backbone`.
         class_loss_weight: of the family's original recipe.
@@ -102,6 +104,8 @@ class DetectorAdapter:
     backbone_path: str
     backbone_type: str | None = None
     config_names: dict[str, tuple[str, ...]] = {}
+    default_values: dict[str, object] = {}
+    derived_values: tuple[str, ...] = ()
     slow_parameters: tuple[str, ...] = ()
     frozen_stages = 1
     class_loss_weight = 1.0

@@ -24,6 +24,8 @@ class LwDetrAdapter(DetectorAdapter):
     backbone_path = "model.backbone.backbone"
     backbone_type = "lw_detr_vit"
     config_names = {"decoder_layers": ("decoder_layers",), "num_queries": ("num_queries",), "d_model": ("d_model",)}
+    default_values = {"projector_scale_factors": [1.0]}
+    derived_values = ("num_feature_levels", "projector_in_channels", "projector_out_channels")
     frozen_stages = -1  # the original trains all of its ViT
     own_loss = True
 

@@ -17,6 +17,8 @@ class RfDetrAdapter(LwDetrAdapter):
 
     processor_class = RfDetrImageProcessor
     backbone_type = "rf_detr_dinov2"
+    default_values = {}
+    derived_values = ()
 
     @property
     def scales(self) -> tuple[float, ...]:
