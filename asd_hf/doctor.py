@@ -128,26 +128,32 @@ def _describe(adapter: DetectorAdapter) -> str:
 def _sizes(parts: Parts) -> Finding:
     student, teacher = parts.student, parts.teacher
     ours, theirs = resize_spec(parts.run.data), resize_spec(teacher_view(parts.run.data))
-    divisor = student.size_divisor
-    if divisor > 1 and ("shortest_edge" in ours or any(side % divisor for side in ours.values())):
-        example = f"[{20 * divisor}, {20 * divisor}]"
+    if _pads(student, ours):
+        divisor = student.size_divisor
+        side = -(-640 // divisor) * divisor
         return Finding(
             "input sizes",
             REFUSED,
-            f"{student.spec.family} takes only images whose sides are multiples of {divisor}, and the saved student "
-            f"must run on what its image processor makes: {_size(ours)}",
-            f"data.resize: fixed, data.fixed_size: {example}",
+            f"{student.spec.family} needs one size whose sides are multiples of {divisor}, and the saved student must "
+            f"run on what its image processor makes: {_size(ours)}",
+            f"data.resize: fixed, data.fixed_size: [{side}, {side}]",
         )
     if teacher is None:
         return Finding("input sizes", OK, _size(ours))
     notes = [] if ours == theirs else [f"student {_size(ours)}, teacher {_size(theirs)}, of one augmented image"]
-    if teacher.size_divisor > 1 and (
-        "shortest_edge" in theirs or any(s % teacher.size_divisor for s in theirs.values())
-    ):
+    if _pads(teacher, theirs):
         notes.append(f"the teacher's images are padded to multiples of {teacher.size_divisor}")
     if teacher.sees_padding and "shortest_edge" in theirs:
         notes.append("the teacher knows no padding mask: its boxes are brought into the frame of the image")
     return Finding("input sizes", ADAPTED if notes else OK, "; ".join(notes) or f"both {_size(ours)}")
+
+
+def _pads(adapter: DetectorAdapter, size: dict[str, int]) -> bool:
+    """Whether the model cannot take images of this size as they are."""
+    if "height" not in size:
+        return adapter.size_divisor > 1
+    image = torch.zeros(1, 3, size["height"], size["width"], dtype=torch.uint8)
+    return adapter.prepare(image, image[:, 0] == 0)[0].shape != image.shape
 
 
 def _size(size: dict[str, int]) -> str:

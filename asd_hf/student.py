@@ -340,7 +340,7 @@ def _architecture(
             )
         base = teacher.model.config
     elif config.base in ADAPTERS:
-        base = CONFIG_MAPPING[config.base]()
+        base = CONFIG_MAPPING[config.base](**adapter_class(config.base).default_values)
     else:
         base = _load_config(config.base, "model.student.base")
     sizes = {name: getattr(config, name) for name in ("encoder_layers", "decoder_layers", "num_queries", "d_model")}
@@ -348,7 +348,7 @@ def _architecture(
     if family.open_vocabulary:
         raise UserError(f"a {base.model_type} can only be a teacher: set model.student.base to another architecture")
     values = family.config_values(**sizes)
-    known = base.to_dict()
+    known = {key: value for key, value in base.to_dict().items() if key not in family.derived_values}
     valid = set(known) - _NOT_ARCHITECTURE
     for name in config.config:
         if name not in valid:
@@ -363,12 +363,22 @@ def _architecture(
             raise UserError(f"model.student.backbone: a {base.model_type} is one transformer and has no backbone")
         if "backbone_config" in config.config:
             raise UserError("give model.student.backbone or model.student.config.backbone_config, not both")
-        values["backbone_config"] = _backbone_config(config.backbone, indices)
+        # A transformer's maps are not of its last layers, but of those that its own configuration names.
+        values["backbone_config"] = _backbone_config(config.backbone, None if family.backbone_type else indices)
     elif config.pretrained_backbone:
         raise UserError("model.student.pretrained_backbone needs model.student.backbone")
     elif "backbone_config" in values and not {"out_features", "out_indices"} & set(values["backbone_config"]):
+        if family.backbone_type:
+            raise UserError(
+                "model.student.config.backbone_config needs out_indices: which layers give the feature maps"
+            )
         values["backbone_config"] = values["backbone_config"] | {"out_indices": indices}
     if "backbone_config" in values:
+        kind = values["backbone_config"].get("model_type")
+        if family.backbone_type not in (None, kind):
+            raise UserError(
+                f"model.student: the backbone of a {base.model_type} is a {family.backbone_type}, not {kind}"
+            )
         values = family.backbone_values(_channels(values["backbone_config"])) | values
     names = {
         "id2label": dict(enumerate(class_names)),
@@ -380,7 +390,8 @@ def _architecture(
         raise UserError(f"model.student: {base.model_type} cannot have this configuration: {_line(error)}") from error
 
 
-def _backbone_config(backbone: str, indices: list[int]) -> dict[str, Any]:
+def _backbone_config(backbone: str, indices: list[int] | None) -> dict[str, Any]:
+    """Of a backbone that gives the stages `indices`, or those of its own configuration."""
     if timm.is_model(backbone):
         return {
             "model_type": "timm_backbone",
@@ -392,6 +403,8 @@ def _backbone_config(backbone: str, indices: list[int]) -> dict[str, Any]:
     if not Path(backbone).is_dir() and "/" not in backbone:
         raise UserError(f"model.student.backbone: timm has no {backbone!r}: {nearest(backbone, timm.list_models())}")
     found = _load_config(backbone, "model.student.backbone").to_dict()
+    if indices is None:
+        return found
     return {k: v for k, v in found.items() if k not in ("out_features", "stage_names")} | {"out_indices": indices}
 
 

@@ -150,6 +150,24 @@ def test_new_student_of_a_named_architecture_needs_no_teacher():
         build_student(StudentConfig(base="deformable_detr", copy_weights=True), None, ("a",), SIZE)
 
 
+def test_other_families_follow_their_backbone_and_width():
+    """The channels that RT-DETR's neck reads, and LW-DETR's levels, are those of what is asked for."""
+    small = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = StudentConfig(base="rt_detr", backbone="test_resnet", d_model=32, decoder_layers=2, config=small)
+    student = build_student(config, None, ("a",), {"height": 64, "width": 64})
+    assert student.model.config.encoder_in_channels == [48, 192, 96] == list(student.backbone.channels)
+    assert student.spec.hidden_size == 32 and student.processor.size["height"] == 64
+    batch = tiny.batch(2, num_classes=1)
+    losses = student(batch["pixel_values"], batch["pixel_mask"], batch["labels"]).losses
+    assert sum(losses.values()).isfinite()
+    vit = {"model_type": "lw_detr_vit", "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    vit |= {"window_block_indices": [0, 2], "out_indices": [2, 4], "num_windows": 4, "image_size": 64}
+    levels = {"backbone_config": vit, "projector_scale_factors": [2.0, 0.5], "group_detr": 2, "c2f_num_blocks": 1}
+    levels |= {"decoder_self_attention_heads": 4, "decoder_cross_attention_heads": 4}
+    config = StudentConfig(base="lw_detr", d_model=32, decoder_layers=2, num_queries=9, config=levels)
+    assert build_student(config, None, ("a",), {"height": 64, "width": 64}).spec.strides == (8, 32)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -164,6 +182,15 @@ def test_new_student_of_a_named_architecture_needs_no_teacher():
         (StudentConfig(backbone="resnet18", pretrained_backbone=True), "no weights of backbone resnet18"),
         (StudentConfig(d_model=20), "cannot be built.*divisible"),
         (StudentConfig(decoder_layers=1), "needs at least 2 decoder layers"),
+        (StudentConfig(base="grounding-dino"), "a grounding-dino can only be a teacher"),
+        (StudentConfig(base="yolos", backbone="resnet18"), "a yolos is one transformer and has no backbone"),
+        (StudentConfig(base="yolos", decoder_layers=2), "model.student.decoder_layers: Yolos has no such size"),
+        (
+            StudentConfig(base="lw_detr", backbone="resnet18"),
+            "backbone of a lw_detr is a lw_detr_vit, not timm_backbo",
+        ),
+        (StudentConfig(base="rf_detr", config={"backbone_config": {"model_type": "rf_detr_dinov2"}}), "out_indices"),
+        (StudentConfig(base="rt_detr", config={"backbone_config": {"model_type": "resnet", "depths": 3}}), "no backb"),
     ],
 )
 def test_bad_options_are_one_clear_line(config, message):
