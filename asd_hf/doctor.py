@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -138,6 +139,20 @@ def _sizes(parts: Parts) -> Finding:
             f"run on what its image processor makes: {_size(ours)}",
             f"data.resize: fixed, data.fixed_size: [{side}, {side}]",
         )
+    smallest = min(parts.run.data.train_sizes) if "shortest_edge" in ours else 0
+    for role, adapter, size in (("student", student, ours), ("teacher", teacher, theirs)):
+        if adapter is not None and adapter.two_stage:
+            # The teacher without a size of its own sees what the student sees.
+            sides = (size["height"], size["width"]) if "height" in size else (smallest or size["shortest_edge"],) * 2
+            cells = sum(math.prod(-(-side // stride) for side in sides) for stride in adapter.spec.strides)
+            if cells < adapter.spec.num_queries:
+                return Finding(
+                    "input sizes",
+                    REFUSED,
+                    f"the {role}'s {adapter.spec.num_queries} queries are chosen among the cells of its feature maps, "
+                    f"and {sides[0]}x{sides[1]} pixels have {cells}",
+                    "larger images, or fewer model.student.num_queries" if role == "student" else "data.teacher_size",
+                )
     if teacher is None:
         return Finding("input sizes", OK, _size(ours))
     notes = [] if ours == theirs else [f"student {_size(ours)}, teacher {_size(theirs)}, of one augmented image"]

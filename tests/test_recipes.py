@@ -6,6 +6,7 @@ import yaml
 
 from asd_hf.build import Parts
 from asd_hf.config import load_config
+from asd_hf.data.shapes import CLASS_NAMES
 from asd_hf.doctor import ADAPTED, OK, check, format_findings
 from tests.families import FAMILIES
 from tests.test_config import CONFIGS
@@ -19,6 +20,7 @@ STAND_INS = {
     "SenseTime/deformable-detr": "deformable_detr",
     "facebook/detr-resnet-101": "detr",
     "outputs/deformable_detr/none_r101": "deformable_detr",
+    "outputs/shapes/rt_detr_teacher": "rt_detr",
     "ustc-community/dfine-small-coco": "d_fine",
     "ustc-community/dfine-xlarge-coco": "d_fine",
 }
@@ -28,7 +30,7 @@ STAND_INS = {
 def stand_ins(tmp_path_factory):
     root = tmp_path_factory.mktemp("stand_ins")
     for name, family in STAND_INS.items():
-        model, processor = FAMILIES[family](classes=("N/A", *NAMES, "N/A", "zebra"))
+        model, processor = FAMILIES[family](classes=("N/A", *NAMES, "N/A", "zebra", *CLASS_NAMES))
         model.save_pretrained(root / name)
         processor.save_pretrained(root / name)
     write_coco(root / "coco", "train2017", tiny_rows(64))

@@ -153,7 +153,8 @@ def test_new_student_of_a_named_architecture_needs_no_teacher():
 def test_other_families_follow_their_backbone_and_width():
     """The channels that RT-DETR's neck reads, and LW-DETR's levels, are those of what is asked for."""
     small = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    config = StudentConfig(base="rt_detr", backbone="test_resnet", d_model=32, decoder_layers=2, config=small)
+    sizes = {"d_model": 32, "decoder_layers": 2, "num_queries": 9}
+    config = StudentConfig(base="rt_detr", backbone="test_resnet", config=small, **sizes)
     student = build_student(config, None, ("a",), {"height": 64, "width": 64})
     assert student.model.config.encoder_in_channels == [48, 192, 96] == list(student.backbone.channels)
     assert student.spec.hidden_size == 32 and student.processor.size["height"] == 64

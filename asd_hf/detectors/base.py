@@ -96,6 +96,7 @@ class DetectorAdapter:
             distributions; otherwise by `DetectionCriterion`.
         auxiliary_loss: Transformers' option of that name in the saved configuration.
         sees_padding: the model knows no padding mask; it is asked in the frame of the padded canvas.
+        two_stage: the queries are the best cells of the feature maps, which must be as many.
         open_vocabulary: the model is told by `prompt` which classes to look for.
     """
 
@@ -112,6 +113,7 @@ class DetectorAdapter:
     own_loss = False
     auxiliary_loss = True
     sees_padding = False
+    two_stage = False
     open_vocabulary = False
 
     def __init__(self, model: nn.Module, processor) -> None:

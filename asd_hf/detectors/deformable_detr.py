@@ -49,6 +49,10 @@ class DeformableDetrAdapter(DetectorAdapter):
             capabilities=frozenset({"decode", "features"} | ({"proposals"} if config.two_stage else set())),
         )
 
+    @property
+    def two_stage(self) -> bool:
+        return self.model.config.two_stage
+
     def forward(self, pixels: Tensor, mask: Tensor, labels: list[dict] | None) -> DetectorOutput:
         core = self.model.model
         taps = {f"level {i}": level for i, level in enumerate(core.input_proj)} | {"decoder": core.decoder}

@@ -27,6 +27,7 @@ class GroundingDinoAdapter(DetectorAdapter):
     processor_class = GroundingDinoImageProcessor
     backbone_path = "model.backbone.conv_encoder.model"
     open_vocabulary = True
+    two_stage = True
 
     def __init__(self, model: nn.Module, processor) -> None:
         super().__init__(model, processor.image_processor)

@@ -28,6 +28,7 @@ class LwDetrAdapter(DetectorAdapter):
     derived_values = ("num_feature_levels", "projector_in_channels", "projector_out_channels")
     frozen_stages = -1  # the original trains all of its ViT
     own_loss = True
+    two_stage = True
 
     def __init__(self, model: nn.Module, processor) -> None:
         super().__init__(model, processor)

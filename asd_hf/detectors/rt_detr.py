@@ -36,6 +36,7 @@ class RTDetrAdapter(DetectorAdapter):
     }
     frozen_stages = 0  # of the larger models; the smallest train all of a pretrained backbone
     own_loss = True
+    two_stage = True
     sees_padding = True
     loss_names: tuple[str, ...] = ("loss_vfl", "loss_bbox", "loss_giou")
     decoder_loss_names: tuple[str, ...] = ()
