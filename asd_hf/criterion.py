@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from .detectors.base import DetectorOutput
+from .detectors.base import DetectorOutput, sum_over_ranks
 from .ops import cxcywh_to_xyxy, generalized_iou
 
 
@@ -201,14 +200,12 @@ def _full(x: Tensor) -> Tensor:
 def _normalised(sums: dict[str, Tensor], weights: dict[str, Tensor], num_boxes: int) -> dict[str, Tensor]:
     """Each sum over its weight, or else over the number of boxes, both averaged over all ranks.
 
-    With the averaged gradients of DistributedDataParallel, W ranks then train as one rank with all their images.
+    With the averaged gradients of DistributedDataParallel, W ranks then train as one rank with all their images; so it
+    is the number of all ranks that is raised to 1 where there is no box.
     """
     boxes = next(iter(sums.values())).new_full((), num_boxes)
-    totals = torch.stack([boxes, *weights.values()]).detach()
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(totals)
-        totals /= dist.get_world_size()
+    totals, num_ranks = sum_over_ranks(torch.stack([boxes, *weights.values()]).detach())
     boxes, *totals = totals.unbind()
     # Without any box the loss is that of the background, without any labelled image it is 0.
     totals = {name: total.clamp(min=1e-6) for name, total in zip(weights, totals, strict=True)}
-    return {name: loss / totals.get(name, boxes.clamp(min=1)) for name, loss in sums.items()}
+    return {name: loss / (totals.get(name, boxes.clamp(min=1)) / num_ranks) for name, loss in sums.items()}

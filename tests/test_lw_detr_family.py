@@ -1,7 +1,10 @@
 """Traps of LW-DETR and RF-DETR: groups of queries, windows, the frame of the boxes, Transformers' own loss."""
 
+import sys
+
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from transformers import LwDetrConfig, LwDetrForObjectDetection
@@ -214,6 +217,37 @@ def test_unlabelled_images_take_no_part(adapter):
         torch.testing.assert_close(loss, losses[1][name], rtol=1e-6, atol=0)
     assert (losses[2]["loss_ce"] - losses[3]["loss_ce"]).abs() > 1e-3
     assert losses[0]["loss_ce"] < 0.7 * losses[2]["loss_ce"]
+
+
+def work(rank, world, path, boxes):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}/{world}", rank=rank, world_size=world)
+    adapter = train(get_adapter(*FAMILIES["lw_detr"]()))
+    adapter.model.double()
+    batch = tiny.batch(4, sizes=((64, 64),), boxes=boxes)
+    for label in batch["labels"]:
+        label["boxes"] = label["boxes"].double()
+    parts = slice(rank * 4 // world, (rank + 1) * 4 // world)
+    total = sum(ask(adapter, {key: value[parts] for key, value in batch.items()}, labels=True).losses.values())
+    total.backward()
+    gradients = [p.grad for p in adapter.model.parameters() if p.grad is not None]
+    for value in (total.detach(), *gradients):
+        dist.all_reduce(value)
+        value /= world
+    if rank == 0:
+        torch.save([total.detach(), *gradients], f"{path}/{world}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo over a file store")
+@pytest.mark.parametrize("boxes", [(0, 0, 3, 1), (0, 0, 1, 0), (0, 0, 0, 0)])
+def test_two_ranks_equal_one_with_the_doubled_batch(tmp_path, boxes):
+    for world in (1, 2):
+        torch.multiprocessing.start_processes(work, (world, str(tmp_path), boxes), nprocs=world, start_method="fork")
+    one, two = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2))
+    assert len(one) == len(two) > 50
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-12 + 1e-6 * a.abs().max().item())
 
 
 def test_the_loss_sees_heads_in_full_precision(adapter):

@@ -101,6 +101,30 @@ def test_what_a_decoded_question_asks_is_a_box_of_the_valid_image(adapter):
     torch.testing.assert_close(answer.boxes, references.expand(3, -1, -1, -1), rtol=1e-4, atol=1e-5)
 
 
+def test_decode_in_training_mode_knows_nothing_of_denoising(adapter):
+    output = ask(without_noise(train(adapter)), tiny.batch(4), labels=True)
+    assert output.losses["loss_bbox_dn"] > 0
+    again = output.decode(*output.decode.own)
+    for key in ("logits", "boxes", "queries"):
+        torch.testing.assert_close(getattr(again, key), getattr(output, key), rtol=1e-4, atol=1e-4)
+
+
+def test_the_model_is_left_as_it_was(adapter):
+    core = adapter.model.model
+
+    def state():
+        return [m.training for m in adapter.model.modules()], [sorted(vars(m)) for m in (core, core.decoder)]
+
+    before = state()
+    output = ask(adapter, tiny.batch(1))
+    assert state() == before
+    output.decode(*output.decode.own)
+    assert state() == before
+    with pytest.raises(RuntimeError):
+        output.decode(*(None if t is None else t[..., :3] for t in output.decode.own))
+    assert state() == before
+
+
 def test_images_are_padded_to_the_coarsest_map(adapter):
     assert adapter.size_divisor == 32
     small = ask(adapter, tiny.batch(1, sizes=((72, 80),)))
@@ -194,12 +218,12 @@ def test_a_student_without_denoising(adapter):
     assert ask(adapter, tiny.batch(2, num_classes=2), labels=True).logits.shape[-1] == 2
 
 
-def work(rank, world, path):
+def work(rank, world, path, boxes):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}/{world}", rank=rank, world_size=world)
     adapter = get_adapter(*FAMILIES["rt_detr"]())  # eval mode: without denoising, whose noise is random
     adapter.model.double()
-    batch = tiny.batch(4, sizes=((64, 64),), boxes=(0, 0, 3, 1))
+    batch = tiny.batch(4, sizes=((64, 64),), boxes=boxes)
     for label in batch["labels"]:
         label["boxes"] = label["boxes"].double()
     # Two images a rank: of one, PyTorch 2.14 gives wrong gradients on CPU (batch norm, gradients in odd strides).
@@ -217,9 +241,10 @@ def work(rank, world, path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo over a file store")
-def test_two_ranks_equal_one_with_the_doubled_batch(tmp_path):
+@pytest.mark.parametrize("boxes", [(0, 0, 3, 1), (0, 0, 1, 0), (0, 0, 0, 0)])
+def test_two_ranks_equal_one_with_the_doubled_batch(tmp_path, boxes):
     for world in (1, 2):
-        torch.multiprocessing.start_processes(work, (world, str(tmp_path)), nprocs=world, start_method="fork")
+        torch.multiprocessing.start_processes(work, (world, str(tmp_path), boxes), nprocs=world, start_method="fork")
     one, two = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2))
     assert len(one) == len(two) > 50
     for a, b in zip(one, two, strict=True):
@@ -234,6 +259,9 @@ def test_anchors_and_heads_are_exact_under_autocast(adapter):
     core = adapter.model.model
     with torch.autocast("cpu", torch.bfloat16):
         output = ask(adapter, tiny.batch(2, sizes=FULL))
+        with adapter.tap({"classes": core.enc_score_head, "boxes": core.enc_bbox_head}) as seen:
+            ask(adapter, tiny.batch(2, sizes=FULL))
+    assert all(proposals.dtype == torch.float32 for _, _, proposals in seen.values())
     decoder, reference = core.decoder, output.decode.own[2]
     corners = previous = 0
     for layer, state in enumerate(output.queries):

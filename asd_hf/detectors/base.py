@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -334,6 +335,14 @@ def _outside_autocast(module: nn.Module) -> Callable[..., Tensor]:
             return forward(*inputs)
 
     return precise
+
+
+def sum_over_ranks(numbers: Tensor) -> tuple[Tensor, int]:
+    """The sum of every rank's `numbers`, which are overwritten, and how many ranks there are."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return numbers, 1
+    dist.all_reduce(numbers)
+    return numbers, dist.get_world_size()
 
 
 def class_names_of(config) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DeformableDetrImageProcessor
 from transformers.models.lw_detr.modeling_lw_detr import refine_bboxes
 
-from .base import DetectorAdapter, DetectorOutput, DetectorSpec, class_names_of, pixel_statistics
+from .base import DetectorAdapter, DetectorOutput, DetectorSpec, class_names_of, pixel_statistics, sum_over_ranks
 
 
 class LwDetrAdapter(DetectorAdapter):
@@ -140,13 +140,18 @@ class LwDetrAdapter(DetectorAdapter):
             proposals[rows],
             out.enc_outputs_coord_logits[rows],
         )
+        # Transformers raises the mean number of boxes of a rank to 1, and not that of all: with fewer boxes than ranks
+        # W ranks would not train as one with all their images.
+        own = sum(len(label["class_labels"]) for label in labels) * config.group_detr
+        total, num_ranks = sum_over_ranks(logits.new_full((), own))
+        share = (total / num_ranks).clamp(min=1) / (total.clamp(min=1) / num_ranks)
         losses = {}
         for name, weight in (
             ("loss_ce", config.class_loss_coefficient),
             ("loss_bbox", config.bbox_loss_coefficient),
             ("loss_giou", config.giou_loss_coefficient),
         ):
-            weight = weight * bool(labelled)
+            weight = weight * bool(labelled) * share
             layers = [f"_{i}" for i in range(len(logits) - 1)]
             losses[name] = weight * sum(parts[name + layer] for layer in ("", *layers))
             losses[f"{name}_enc"] = weight * parts[f"{name}_enc"]

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import RTDetrImageProcessor
 
-from .base import DetectorAdapter, DetectorOutput, DetectorSpec, class_names_of, pixel_statistics
+from .base import DetectorAdapter, DetectorOutput, DetectorSpec, class_names_of, pixel_statistics, sum_over_ranks
 
 
 class RTDetrAdapter(DetectorAdapter):
@@ -100,8 +99,7 @@ class RTDetrAdapter(DetectorAdapter):
         output.decode = decode
         output.features = [seen[f"level {i}"][2] for i in range(len(core.decoder_input_proj))]
         if labels is not None:
-            with torch.autocast(pixels.device.type, enabled=False):
-                output.losses = self._losses(out, labels)
+            output.losses = self._losses(out, labels)
         return output
 
     def _read(self, decoded, noised: int) -> DetectorOutput:
@@ -151,7 +149,7 @@ class RTDetrAdapter(DetectorAdapter):
         losses |= {f"{name}_enc": nothing for name in self.loss_names if name not in self.decoder_loss_names}
         losses |= {f"{name}_dn": nothing for name in self.loss_names}
         rows = [i for i, label in enumerate(labels) if label.get("labelled", True)]
-        share = _share(sum(len(labels[i]["class_labels"]) for i in rows), nothing.device)
+        share = _share(nothing.new_full((), sum(len(labels[i]["class_labels"]) for i in rows)))
         if not rows:
             return losses
         predictions = {name: tensor[rows] for name, tensor in predictions.items()}
@@ -240,16 +238,12 @@ class RTDetrAdapter(DetectorAdapter):
                 module.reset_parameters()
 
 
-def _share(num_boxes: int, device: torch.device) -> Tensor:
-    """This rank's number of boxes over the mean of all ranks, none counted as one.
+def _share(num_boxes: Tensor) -> Tensor:
+    """This rank's number of boxes over the mean of all ranks; none, here or in all, is counted as one.
 
     Transformers divides by the rank's own number. Times this, W ranks train as one with all their images. It is not
     exact in two places: how many groups of denoising queries there are depends on the fullest image of a rank, and
     the union of matches by which DEIMv2 divides its box losses is only about proportional to the number of boxes.
     """
-    boxes = torch.tensor(float(num_boxes), device=device)
-    mean = boxes.clone()
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(mean)
-        mean /= dist.get_world_size()
-    return boxes.clamp(min=1) / mean.clamp(min=1)
+    total, num_ranks = sum_over_ranks(num_boxes.clone())
+    return num_boxes.clamp(min=1) / (total.clamp(min=1) / num_ranks)
