@@ -99,7 +99,8 @@ class RTDetrAdapter(DetectorAdapter):
         output.decode = decode
         output.features = [seen[f"level {i}"][2] for i in range(len(core.decoder_input_proj))]
         if labels is not None:
-            output.losses = self._losses(out, labels)
+            with torch.autocast(pixels.device.type, enabled=False):
+                output.losses = self._losses(out, labels)
         return output
 
     def _read(self, decoded, noised: int) -> DetectorOutput:
