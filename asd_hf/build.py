@@ -44,8 +44,6 @@ class Parts:
         if source.class_names:
             return source
         # Images without labels alone: the classes are those that the student is evaluated on.
-        if self.run.model.teacher is None:
-            raise UserError("data.unlabelled alone trains from a teacher: set model.teacher and method.name")
         return replace(source, class_names=self.eval_source.class_names, category_ids=self.eval_source.category_ids)
 
     @property
@@ -62,15 +60,25 @@ class Parts:
 
     @cached_property
     def teacher(self) -> DetectorAdapter | None:
-        if self.run.model.teacher is None:
+        data, model = self.run.data, self.run.model
+        if model.teacher is None:
+            for key, value in (
+                ("data.unlabelled", data.unlabelled),
+                ("data.teacher_size", data.teacher_size),
+                ("model.class_map", model.class_map),
+            ):
+                if value:
+                    raise UserError(f"{key} has no use without a teacher: set model.teacher, or remove it")
             return None
-        teacher = load_teacher(self.run.model.teacher)
-        prompt_teacher(teacher, self.class_names, self.run.model.class_map)
+        teacher = load_teacher(model.teacher)
+        prompt_teacher(teacher, self.class_names, model.class_map)
         return teacher
 
     @cached_property
     def student(self) -> DetectorAdapter:
-        return build_student(self.run.model.student, self.teacher, self.class_names, self.size)
+        return build_student(
+            self.run.model.student, self.teacher, self.class_names, self.size, self.run.model.class_map
+        )
 
     @property
     def size(self) -> dict[str, int]:
@@ -86,6 +94,8 @@ class Parts:
     @cached_property
     def method(self) -> DistillationMethod | None:
         if self.run.method_class is None:
+            if self.teacher is not None:
+                raise UserError("model.teacher teaches by a method: set method.name, or model.teacher=null")
             return None
         if self.teacher is None:
             raise UserError(f"method.name is {self.run.method_name!r}, which needs a teacher: set model.teacher")

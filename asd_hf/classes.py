@@ -42,7 +42,10 @@ class SharedClasses:
         self.teacher_only = tuple(name for i, name in enumerate(teacher.class_names) if i not in theirs)
         self.activations = student.activation, teacher.activation
         self._columns = torch.tensor(ours), torch.tensor(theirs)
-        self._counts = len(student.class_names), len(teacher.class_names)
+        self._all_of_student = len(ours) == len(student.class_names)
+        self._same_columns = theirs == list(range(len(teacher.class_names)))
+        self._labels = torch.full((len(student.class_names),), -1)  # shared index of each of the student's classes
+        self._labels[ours] = torch.arange(len(ours))
 
     def specs(self, student: DetectorSpec, teacher: DetectorSpec) -> tuple[DetectorSpec, DetectorSpec]:
         """What a method may know of the two: the shared classes and the student's kind of head."""
@@ -52,34 +55,30 @@ class SharedClasses:
 
     def student(self, output: DetectorOutput) -> DetectorOutput:
         """The student's output reduced to the shared classes."""
-        if len(self.names) == self._counts[0]:
+        if self._all_of_student:
             return output
         return output.map_logits(lambda logits: _keep(logits, self._columns[0], self.activations[0]))
 
     def teacher(self, output: DetectorOutput) -> DetectorOutput:
         """The teacher's output reduced to the shared classes, in the student's order and form."""
-        same_order = self._columns[1].tolist() == list(range(self._counts[1]))
-        if same_order and self.activations[0] == self.activations[1]:
+        if self._same_columns and self.activations[0] == self.activations[1]:
             return output
 
         def change(logits: Tensor) -> Tensor:
-            kept = logits if same_order else _keep(logits, self._columns[1], self.activations[1])
+            kept = logits if self._same_columns else _keep(logits, self._columns[1], self.activations[1])
             return convert_logits(kept, self.activations[1], self.activations[0])
 
         return output.map_logits(change)
 
     def labels(self, labels: list[dict]) -> list[dict]:
         """The labels with `class_labels` as indices of the shared classes, -1 where the teacher lacks the class."""
-        if len(self.names) == self._counts[0]:
+        if self._all_of_student:
             return labels
-        table = torch.full((self._counts[0],), -1)
-        table[self._columns[0]] = torch.arange(len(self.names))
-        table = table.to(labels[0]["class_labels"].device)
-        return [label | {"class_labels": table[label["class_labels"]]} for label in labels]
+        return [label | {"class_labels": self._labels[label["class_labels"]]} for label in labels]
 
     def to(self, device: torch.device | str) -> SharedClasses:
-        """Moves the column indices, in place."""
-        self._columns = tuple(columns.to(device) for columns in self._columns)
+        """Moves the indices, in place."""
+        self._columns, self._labels = tuple(c.to(device) for c in self._columns), self._labels.to(device)
         return self
 
 
@@ -130,10 +129,10 @@ def match_classes(
     """
     class_map = dict(class_map or {})
     for who, mapped, existing in ((asker, class_map.keys(), names), (owner, class_map.values(), known)):
-        for name in mapped:
-            if name not in existing:
+        for name, found in zip(mapped, find_classes(list(mapped), existing), strict=True):
+            if found is None:
                 raise UserError(f"model.class_map: {who} has no class {name!r}: {nearest(name, existing)}")
-    rows = find_classes([class_map.get(name, name) for name in names], known)
+    rows = find_classes(rename_classes(names, class_map), known)
     ours = [i for i, row in enumerate(rows) if row is not None]
     theirs = [row for row in rows if row is not None]
     if not ours:
@@ -143,7 +142,10 @@ def match_classes(
         )
     for i, row in zip(ours, theirs, strict=True):
         if theirs.count(row) > 1:
-            raise UserError(f"two classes of {asker}, one of them {names[i]!r}, are {known[row]!r} of {owner}")
+            raise UserError(
+                f"two classes of {asker}, one of them {names[i]!r}, are {known[row]!r} of {owner}: correct "
+                "model.class_map"
+            )
     return ours, theirs
 
 
@@ -169,12 +171,18 @@ def align_classes(
     return torch.tensor(rows)
 
 
+def rename_classes(names: Sequence[str], class_map: Mapping[str, str] | None) -> list[str]:
+    """`names`, those in `class_map` by their other name."""
+    renamed = {_key(name): other for name, other in (class_map or {}).items()}
+    return [renamed.get(_key(name), name) for name in names]
+
+
 def find_classes(wanted: Sequence[str], known: Sequence[str]) -> list[int | None]:
     """Where each of `wanted` stands in `known`, or None."""
     keys = [_key(name) for name in known]
     for name in wanted:
         if keys.count(_key(name)) > 1:
-            raise UserError(f"class {name!r} stands more than once among {short_list(known)}")
+            raise UserError(f"class {name!r} stands more than once among {short_list(known)}: give it one name only")
     return [keys.index(_key(name)) if _key(name) in keys else None for name in wanted]
 
 

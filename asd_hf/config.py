@@ -245,6 +245,12 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             except UserError:
                 continue
     elif hint is Any or _is(value, hint):
+        if get_origin(hint) is dict and Any not in get_args(hint):
+            key_type, value_type = get_args(hint)
+            return {
+                _convert(k, key_type, f"{where}: key {k!r}"): _convert(v, value_type, f"{where}.{k}")
+                for k, v in value.items()
+            }
         if get_origin(hint) is list:
             item_type = get_args(hint)[0]
             return [_convert(v, item_type, f"{where}[{i}]") for i, v in enumerate(value)]

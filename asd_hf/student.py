@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from .classes import find_classes, short_list
+from .classes import find_classes, rename_classes, short_list
 from .detectors import ADAPTERS, adapter_class, get_adapter
 from .detectors.base import DetectorAdapter
 from .errors import UserError
@@ -107,7 +107,7 @@ def prompt_teacher(
 ) -> None:
     """Tells a teacher of open vocabulary to look for `class_names`, by the names that `class_map` has for it."""
     if teacher.open_vocabulary:
-        teacher.prompt([(class_map or {}).get(name, name) for name in class_names])
+        teacher.prompt(rename_classes(class_names, class_map))
 
 
 def build_student(
@@ -115,6 +115,7 @@ def build_student(
     teacher: DetectorAdapter | None,
     class_names: tuple[str, ...],
     size: dict[str, int],
+    class_map: Mapping[str, str] | None = None,
 ) -> DetectorAdapter:
     """Loads or builds the student, in training mode, and sets what of it is trained.
 
@@ -123,6 +124,7 @@ def build_student(
 
     Args:
         size: of images at inference, as image processors have it: {"shortest_edge": 800, "longest_edge": 1333}.
+        class_map: other names of classes, by which first weights may know them.
 
     Raises:
         UserError: an option is unknown, contradicts another or cannot be built.
@@ -160,7 +162,7 @@ def build_student(
             )
         if config.pretrained_backbone:  # last: it is asked for by name
             _load_backbone_weights(student, config.backbone, architecture.backbone_config)
-    _set_classes(student, tuple(class_names))
+    _set_classes(student, tuple(class_names), class_map)
     student.model.config.auxiliary_loss = student.auxiliary_loss
     stages = (
         config.frozen_stages if config.frozen_stages is not None else (student.frozen_stages if pretrained else -1)
@@ -280,10 +282,12 @@ def _twin(name: str, student_lists: dict[str, int], teacher_lists: dict[str, int
     return name
 
 
-def _set_classes(student: DetectorAdapter, class_names: tuple[str, ...]) -> None:
+def _set_classes(student: DetectorAdapter, class_names: tuple[str, ...], class_map: Mapping[str, str] | None) -> None:
     if student.spec.class_names == class_names:
         return
-    rows = find_classes(class_names, student.spec.class_names)
+    known = student.spec.class_names
+    other = find_classes(rename_classes(class_names, class_map), known)
+    rows = [own if own is not None else row for own, row in zip(find_classes(class_names, known), other, strict=True)]
     fresh = [name for name, row in zip(class_names, rows, strict=True) if row is None]
     logger.info(
         "class head of %d classes replaced by one of %d: %d keep their weights, %d are fresh%s",
@@ -298,7 +302,10 @@ def _set_classes(student: DetectorAdapter, class_names: tuple[str, ...]) -> None
 
 def _load_detector(name: str, key: str, **processor_options) -> DetectorAdapter:
     config = _load_config(name, key)
-    open_vocabulary = adapter_class(config.model_type).open_vocabulary
+    try:
+        open_vocabulary = adapter_class(config.model_type).open_vocabulary
+    except UserError as error:
+        raise UserError(f"{key}: {name} is of an {error}") from error
     if open_vocabulary and key.startswith("model.student"):
         raise UserError(f"{key}: {name} is a {config.model_type}, which can only be a teacher")
     auto_model = AutoModelForZeroShotObjectDetection if open_vocabulary else AutoModelForObjectDetection

@@ -81,15 +81,7 @@ class DistillationTrainer(Trainer):
             )
         self.adapter, self.teacher, self.method = student, teacher, method
         self.category_ids, self.run_config, self.card = category_ids, run_config, card
-        criterion = None
-        if not student.own_loss:
-            weight = student.class_loss_weight if args.class_loss_weight is None else args.class_loss_weight
-            criterion = DetectionCriterion.from_config(student.model.config, student.spec.activation, weight)
-        elif args.class_loss_weight is not None:
-            raise UserError(
-                f"training.class_loss_weight does not apply to {student.spec.family}, which is trained by "
-                "Transformers' own loss: remove it, and set the weights in model.student.config"
-            )
+        criterion = make_criterion(student, args)
         classes = None
         if teacher is not None:
             classes = SharedClasses(student.spec, teacher.spec, class_map).to(args.device)
@@ -346,7 +338,13 @@ class DistillationTrainer(Trainer):
                 raise UserError(
                     f"{folder} holds no weights of the method ({METHOD_WEIGHTS}): was it trained by another?"
                 )
-            distiller.method.load_state_dict(load_file(folder / METHOD_WEIGHTS, device=str(self.args.device)))
+            try:
+                distiller.method.load_state_dict(load_file(folder / METHOD_WEIGHTS, device=str(self.args.device)))
+            except RuntimeError as error:
+                raise UserError(
+                    f"{folder} was trained with other options of the method, or another teacher's classes: "
+                    f"{' '.join(str(error).split())[:200]}"
+                ) from error
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -364,6 +362,23 @@ class DistillationTrainer(Trainer):
     def create_model_card(self, **kwargs) -> None:
         if self.is_world_process_zero() and self.card is not None:
             write_model_card(self.args.output_dir, **self.card)
+
+
+def make_criterion(student: DetectorAdapter, args: TrainingConfig) -> DetectionCriterion | None:
+    """The detection loss of the student's family, or None where Transformers' own trains it.
+
+    Raises:
+        UserError: `args.class_loss_weight` is given, which Transformers' own loss does not know.
+    """
+    if not student.own_loss:
+        weight = student.class_loss_weight if args.class_loss_weight is None else args.class_loss_weight
+        return DetectionCriterion.from_config(student.model.config, student.spec.activation, weight)
+    if args.class_loss_weight is not None:
+        raise UserError(
+            f"training.class_loss_weight does not apply to {student.spec.family}, which is trained by Transformers' "
+            "own loss: remove it, and set the weights in model.student.config"
+        )
+    return None
 
 
 class _Resumed(IterableDataset):
@@ -386,6 +401,8 @@ def _restore(model: PreTrainedModel, folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"checkpoint {folder} does not exist")
     saved, report = type(model).from_pretrained(folder, output_loading_info=True)
+    if saved.config.id2label != model.config.id2label:
+        raise UserError(f"{folder} is a checkpoint of a student with other classes, or in another order: start anew")
     try:
         if report["missing_keys"]:
             raise RuntimeError(f"{len(report['missing_keys'])} weights are missing")

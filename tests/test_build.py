@@ -30,8 +30,8 @@ def test_images_without_labels_alone_train_from_the_teacher(places, tmp_path):
     for row in rows:
         assert row["loss/loss_ce"] == row["loss/loss_bbox"] == row["loss/loss_giou"] == 0 < row["loss/asd_box"]
     assert any(not torch.equal(p, before[name]) for name, p in all_of_it.student.model.named_parameters())
-    with pytest.raises(UserError, match="data.unlabelled alone trains from a teacher: set model.teacher"):
-        _ = parts(places, None, data=data).train_source
+    with pytest.raises(UserError, match="data.unlabelled has no use without a teacher: set model.teacher"):
+        _ = parts(places, None, data=data).student
 
 
 def test_the_teacher_is_asked_at_its_own_resolution(places, tmp_path):

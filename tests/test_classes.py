@@ -79,6 +79,7 @@ def test_mapped_names():
     assert shared.names == ("motorbike", "cat") and not shared.student_only
     theirs = output(2)
     assert torch.equal(shared.teacher(theirs).logits, theirs.logits[..., [1, 0]])
+    assert SharedClasses(student, teacher, {" Motorbike": "MOTORCYCLE"}).names == ("motorbike", "cat")
     with pytest.raises(UserError, match="the student has no class 'motorbik': did you mean 'motorbike'"):
         SharedClasses(student, teacher, {"motorbik": "motorcycle"})
     with pytest.raises(UserError, match="the teacher has no class 'motorcycl': did you mean 'motorcycle'"):

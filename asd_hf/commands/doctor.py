@@ -7,7 +7,7 @@ from transformers import set_seed
 
 from ..build import Parts
 from ..config import load_config
-from ..doctor import REFUSED, check, format_findings, measure_steps, measure_teacher
+from ..doctor import REFUSED, Finding, check, format_findings, measure_gradients, measure_steps, measure_teacher
 from ..errors import UserError
 from .train import report_progress
 
@@ -17,37 +17,59 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="asd-hf doctor", description=main.__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see configs/")
     parser.add_argument(
-        "--images", type=int, default=100, metavar="N", help="measure the teacher's AP on these (default: 100; 0: not)"
+        "--images",
+        type=_count,
+        default=100,
+        metavar="N",
+        help="measure the teacher's AP on these (default: 100; 0: not)",
     )
     parser.add_argument(
-        "--steps", type=int, default=5, metavar="N", help="measure time, memory and gradients in these (default: 5)"
+        "--steps", type=_count, default=5, metavar="N", help="measure time, memory and gradients in these (default: 5)"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     run = load_config(args.config, args.overrides)
     report_progress(run.training.process_index)
     set_seed(run.training.seed)
     parts = Parts(run)
-    findings = check(parts)
-    gradients: list[list[str]] = []
+    findings, gradients = check(parts), []
     if not _refused(findings):
-        with tempfile.TemporaryDirectory() as folder:  # trainers make their output folder
-            run.training.output_dir = folder
-            trainer = parts.trainer()
-            if parts.teacher is not None and args.images:
-                findings.append(measure_teacher(parts, trainer, args.images))
-            if args.steps:
-                measured, gradients = measure_steps(parts, trainer, args.steps)
-                findings += measured
-    print(format_findings(findings))
-    if len(gradients) > 1:
-        widths = [max(map(len, column)) for column in zip(*gradients, strict=True)]
-        print()
-        for row in gradients:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                gradients = _measure(parts, args, folder, findings)
+            except UserError as error:
+                findings.append(Finding("training", REFUSED, str(error)))
+    if run.training.process_index == 0:
+        print(format_findings(findings))
+        if len(gradients) > 1:
+            widths = [max(map(len, column)) for column in zip(*gradients, strict=True)]
+            print()
+            for row in gradients:
+                print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if count := _refused(findings):
         raise UserError(f"{count} of {len(findings)} points are refused: see the table")
 
 
-def _refused(findings) -> int:
+def _measure(parts: Parts, args: argparse.Namespace, folder: str, findings: list[Finding]) -> list[list[str]]:
+    """Adds what only running the models tells to `findings`, and returns the table of gradients."""
+    training = parts.run.training
+    training.output_dir, training.push_to_hub, training.report_to = folder, False, []
+    training.save_strategy = training.eval_strategy = "no"
+    training.load_best_model_at_end, training.early_stopping_patience = False, 0
+    trainer = parts.trainer()
+    if parts.teacher is not None and args.images:
+        findings.append(measure_teacher(parts, trainer, args.images))
+    if not args.steps:
+        return []
+    findings += measure_steps(parts, trainer, args.steps)
+    return [] if parts.method is None else measure_gradients(parts, trainer, args.steps)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 upwards")
+    return int(text)
+
+
+def _refused(findings: list[Finding]) -> int:
     return sum(finding.verdict == REFUSED for finding in findings)

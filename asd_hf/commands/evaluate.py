@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
         metavar="data.key=value",
         help="other keys of the data section (data.box_format=xywh)",
     )
-    evaluate(parser.parse_args(argv))
+    evaluate(parser.parse_intermixed_args(argv))
 
 
 def evaluate(args: argparse.Namespace) -> dict:

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     train(load_config(args.config, args.overrides))
 
 

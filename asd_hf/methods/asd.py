@@ -184,8 +184,10 @@ class ASD(DistillationMethod):
         super().__init__(config, student, teacher)
         for role, spec in (("student", student), ("teacher", teacher)):
             if config.layers > spec.num_layers and (role == "student" or config.teacher_layer == "same"):
+                remedy = f"set method.layers={spec.num_layers}"
+                remedy += " or method.teacher_layer=last" if role == "teacher" else ""
                 raise UserError(
-                    f"method.layers is {config.layers}, but the {role} has {spec.num_layers} decoder layers"
+                    f"method.layers is {config.layers}, but the {role} has {spec.num_layers} decoder layers: {remedy}"
                 )
         self.softmax = student.activation == "softmax"
         kind = "softmax" if self.softmax else "bernoulli"
