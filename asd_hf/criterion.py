@@ -71,7 +71,7 @@ class DetectionCriterion:
         Args:
             output: predictions of B images.
             labels: B dicts with `class_labels` (T,) and `boxes` (T, 4) as (cx, cy, w, h) in [0, 1]. Images whose
-                `labelled` is false have no objects here and take no part in the loss.
+                bool `labelled` is false have no objects here and take no part in the loss.
         """
         with torch.autocast(output.logits.device.type, enabled=False):
             predictions = {"": (_full(output.logits), _full(output.boxes))}
@@ -86,9 +86,8 @@ class DetectionCriterion:
                 [(*predictions[stage], *targets[stage]) for stage in predictions],
                 [len(label["class_labels"]) for label in labels],
             )
-            labelled = None
-            if "labelled" in labels[0]:
-                labelled = torch.stack([label["labelled"] for label in labels])[:, None].to(boxes)  # (B, 1)
+            flags = [label.get("labelled", True) for label in labels]
+            labelled = None if all(flags) else torch.tensor(flags)[:, None].to(boxes, non_blocking=True)  # (B, 1)
             class_loss = self._focal if self.activation == "sigmoid" else self._cross_entropy
             sums, counts = {}, {}
             for stage, matched in zip(predictions, pairs, strict=True):

@@ -167,7 +167,7 @@ def test_unlabelled_images_take_no_part(activation):
     output = predictions(proposals=30 if activation == "sigmoid" else None)
     batch = in_dtype(tiny.batch(4, num_classes=4, boxes=(3, 0, 2, 0)), torch.float64)
     flags = (True, False, True, True)  # the last one is an image without objects
-    labels = [label | {"labelled": torch.tensor(flag)} for label, flag in zip(batch["labels"], flags, strict=True)]
+    labels = [label | {"labelled": flag} for label, flag in zip(batch["labels"], flags, strict=True)]
     criterion = DetectionCriterion(activation)
     losses = criterion(output, labels)
     sum(losses.values()).backward()
@@ -192,7 +192,7 @@ def test_unlabelled_images_take_no_part(activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_without_any_labelled_image_the_loss_is_zero(activation):
     output, batch = predictions(), in_dtype(tiny.batch(4, boxes=(0,)), torch.float64)
-    labels = [label | {"labelled": torch.tensor(False)} for label in batch["labels"]]
+    labels = [label | {"labelled": False} for label in batch["labels"]]
     losses = DetectionCriterion(activation)(output, labels)
     assert all(loss == 0 for loss in losses.values())
     sum(losses.values()).backward()
@@ -310,7 +310,7 @@ def test_one_copy_to_the_host_a_step(monkeypatch, activation):
     cpu = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copies.append(self.shape) or cpu(self))
     output = predictions(proposals=30 if activation == "sigmoid" else None)
-    labels = [label | {"labelled": torch.tensor(True)} for label in tiny.batch(4, num_classes=4)["labels"]]
+    labels = [label | {"labelled": True} for label in tiny.batch(4, num_classes=4)["labels"]]
     with HostReads() as reads:
         sum(DetectionCriterion(activation)(output, labels).values()).backward()
     assert len(copies) == 1 and reads.count == 0
@@ -327,7 +327,7 @@ def work(rank, world, path, family, seeds, boxes):
         counts = [count or 0 for count in boxes[i]]
         batches.append(in_dtype(tiny.batch(2, seed=seeds[i], sizes=((96, 96),), boxes=counts), torch.float64))
         for label, count in zip(batches[-1]["labels"], boxes[i], strict=True):
-            label["labelled"] = torch.tensor(count is not None)
+            label["labelled"] = count is not None
     labels = [label for batch in batches for label in batch["labels"]]
     pixels, masks = (torch.cat([batch[key] for batch in batches]) for key in ("pixel_values", "pixel_mask"))
     losses = DetectionCriterion(adapter.spec.activation)(adapter(pixels, masks), labels)

@@ -196,7 +196,7 @@ def test_without_labelled_images_the_loss_is_asked_all_the_same(adapter):
     """Boxes are counted over all ranks: one that does not ask lets the others wait for ever."""
     batch, calls, original = tiny.batch(2, sizes=((96, 96),), boxes=(0,)), [], adapter.model.loss_function
     for label in batch["labels"]:
-        label["labelled"] = torch.tensor(False)
+        label["labelled"] = False
     adapter.model.loss_function = lambda *inputs: calls.append(inputs) or original(*inputs)
     losses = ask(train(adapter), batch, labels=True).losses
     assert len(calls) == 1 and all(loss == 0 for loss in losses.values())
@@ -209,7 +209,7 @@ def test_unlabelled_images_take_no_part(adapter):
             head.bias.zero_()
     batch, losses = tiny.batch(2, sizes=((96, 96),), boxes=(3, 0)), []
     for flag in (False, True):
-        batch["labels"][1]["labelled"] = torch.tensor(flag)
+        batch["labels"][1]["labelled"] = flag
         for _ in range(2):
             batch["pixel_values"][1] = 255 - batch["pixel_values"][1]
             losses.append(ask(train(adapter), batch, labels=True).losses)

@@ -178,7 +178,7 @@ def test_unlabelled_images_are_cut_out_of_all_that_the_loss_sees(adapter):
     without_noise(train(adapter))
     batch = tiny.batch(3, sizes=FULL, boxes=(2, 0, 4))
     for label, flag in zip(batch["labels"], (True, False, True), strict=True):
-        label["labelled"] = torch.tensor(flag)
+        label["labelled"] = flag
     mixed = ask(adapter, batch, labels=True)
     kept = {"labels": [batch["labels"][0], batch["labels"][2]]}
     kept |= {key: batch[key][[0, 2]] for key in ("pixel_values", "pixel_mask")}
@@ -194,7 +194,7 @@ def test_every_parameter_takes_part_in_every_step(adapter):
     for boxes, flags in (((3, 1), (1, 1)), ((0, 0), (1, 1)), ((0, 0), (0, 0)), ((0, 2), (0, 1))):
         batch = tiny.batch(2, sizes=((64, 64),), boxes=boxes)
         for label, flag in zip(batch["labels"], flags, strict=True):
-            label["labelled"] = torch.tensor(bool(flag))
+            label["labelled"] = bool(flag)
         adapter.model.zero_grad()
         losses = ask(train(adapter), batch, labels=True).losses
         sum(losses.values()).backward()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SCALARS = ("image_id", "orig_size", "labelled")  # labels of one value an image, stacked and not joined
+SCALARS = ("image_id", "orig_size")  # labels of one value an image, stacked and not joined
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -16,9 +16,9 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         `pixel_values` uint8 (B, 3, H, W), zero where padded; `pixel_mask` bool (B, H, W), true where valid;
         `labels`, a list of B dictionaries: `class_labels` int64 (T,), `boxes` float32 (T, 4) as cxcywh in [0, 1],
-        `image_id` int64 (), `orig_size` int64 (2,) as (height, width) of the file; in training `labelled` bool (),
-        false for an image without annotations; in evaluation `ground_truth` float64 (G, 7): x, y, w, h in pixels of
-        the file, area, iscrowd, class index, of all annotations.
+        `image_id` int64 (), `orig_size` int64 (2,) as (height, width) of the file; in training `labelled`, a
+        plain bool, false for an image without annotations; in evaluation `ground_truth` float64 (G, 7): x, y, w, h in
+        pixels of the file, area, iscrowd, class index, of all annotations.
         Where the teacher has a view of its own also `teacher_pixel_values` uint8 (B, 3, H', W') and
         `teacher_pixel_mask` bool (B, H', W'), padded by themselves; the labels are the same for both views.
     """
@@ -38,6 +38,9 @@ def pack(samples: list[dict[str, Any]]) -> dict[str, Any]:
     labels = {}
     for key in samples[0]["labels"]:
         values = [sample["labels"][key] for sample in samples]
+        if key == "labelled":  # no tensor: on a device, reading it would wait
+            labels[key] = values
+            continue
         values = [value[None] for value in values] if key in SCALARS else values
         labels[key] = (torch.cat(values), [len(value) for value in values])
     return {**batch, "labels": labels}
@@ -46,9 +49,11 @@ def pack(samples: list[dict[str, Any]]) -> dict[str, Any]:
 def unpack(batch: dict[str, Any]) -> dict[str, Any]:
     """The batch of `collate` from a packed one, its labels as views of the joined tensors."""
     columns = {}
-    for key, (joined, lengths) in batch["labels"].items():
-        parts = joined.split(lengths)
-        columns[key] = [part[0] for part in parts] if key in SCALARS else parts
+    for key, values in batch["labels"].items():
+        if key != "labelled":
+            joined, lengths = values
+            values = joined.split(lengths)
+        columns[key] = [value[0] for value in values] if key in SCALARS else values
     labels = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     return {**batch, "labels": labels}
 

@@ -158,7 +158,7 @@ class RowTransform:
             "orig_size": torch.tensor([height, width]),
         }
         if self.training:
-            labels["labelled"] = torch.tensor(labelled)
+            labels["labelled"] = labelled
         else:
             area = torch.tensor(objects["area"], dtype=torch.float64)
             labels["ground_truth"] = torch.cat([raw, torch.stack([area, crowd.double(), categories.double()], 1)], 1)

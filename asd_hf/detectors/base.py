@@ -125,14 +125,15 @@ class DetectorAdapter:
 
         Args:
             labels: B dicts with `class_labels` (T,) and `boxes` (T, 4) as cxcywh in [0, 1] of the valid image, for
-                families with `own_loss`; images whose `labelled` is false take no part in the loss.
+                families with `own_loss`; images whose bool `labelled` is false take no part in the loss.
         """
         pixels, mask = self.prepare(pixel_values, pixel_mask)
         if not self.sees_padding:
             return self.forward(pixels, mask, labels)
-        canvas = torch.tensor([mask.shape[2], mask.shape[1]] * 2, device=mask.device)
-        valid = torch.stack([mask[:, 0].sum(1), mask[:, :, 0].sum(1)] * 2, 1)
-        scale = (canvas / valid)[:, None]  # (B, 1, 4)
+        (height, width), down, across = mask.shape[1:], mask[:, :, 0].sum(1), mask[:, 0].sum(1)
+        # Filled tensors: a list of numbers would be copied to the device, and a number over a tensor is not exact.
+        scale = torch.stack([across.new_full((), width) / across, down.new_full((), height) / down] * 2, 1)
+        scale = scale[:, None]  # (B, 1, 4)
         if labels is not None:
             labels = [label | {"boxes": label["boxes"] / s} for label, s in zip(labels, scale, strict=True)]
         return self.forward(pixels, mask, labels).map_boxes(scale)

@@ -127,8 +127,9 @@ class LwDetrAdapter(DetectorAdapter):
         proposals = torch.cat([head(state) for head, state in zip(heads, states, strict=False)], 1)
         labelled = [i for i, label in enumerate(labels) if label.get("labelled", True)]
         # Every rank must ask for the loss, which counts boxes over ranks: without labels it is multiplied by 0.
-        rows = labelled or [0]
-        logits, boxes = logits[:, rows], boxes[:, rows]
+        rows, corners = labelled or [0], out.enc_outputs_coord_logits
+        if len(rows) < len(labels):
+            logits, boxes, proposals, corners = logits[:, rows], boxes[:, rows], proposals[rows], corners[rows]
         _, parts, _ = self.model.loss_function(
             logits[-1],
             [labels[i] for i in rows],
@@ -137,12 +138,12 @@ class LwDetrAdapter(DetectorAdapter):
             config,
             logits,
             boxes,
-            proposals[rows],
-            out.enc_outputs_coord_logits[rows],
+            proposals,
+            corners,
         )
         # Transformers raises the mean number of boxes of a rank to 1, and not that of all: with fewer boxes than ranks
         # W ranks would not train as one with all their images.
-        own = sum(len(label["class_labels"]) for label in labels) * config.group_detr
+        own = sum(len(labels[i]["class_labels"]) for i in rows) * config.group_detr
         total, num_ranks = sum_over_ranks(logits.new_full((), own))
         share = (total / num_ranks).clamp(min=1) / (total.clamp(min=1) / num_ranks)
         losses = {}

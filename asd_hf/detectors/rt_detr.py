@@ -153,10 +153,11 @@ class RTDetrAdapter(DetectorAdapter):
         share = _share(nothing.new_full((), sum(len(labels[i]["class_labels"]) for i in rows)))
         if not rows:
             return losses
-        predictions = {name: tensor[rows] for name, tensor in predictions.items()}
         denoising = out.denoising_meta_values
-        if denoising is not None:
-            denoising = denoising | {"dn_positive_idx": [denoising["dn_positive_idx"][i] for i in rows]}
+        if len(rows) < len(labels):
+            predictions = {name: tensor[rows] for name, tensor in predictions.items()}
+            if denoising is not None:
+                denoising = denoising | {"dn_positive_idx": [denoising["dn_positive_idx"][i] for i in rows]}
         _, parts, _ = self.model.loss_function(
             predictions["outputs_class"][:, -1],
             [labels[i] for i in rows],
