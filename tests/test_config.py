@@ -47,6 +47,20 @@ def test_values_keep_their_type(tmp_path):
     assert run.data.source == "data/coco"
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{square: 3}", "model.class_map.square must be str, not 3"),
+        ("{yes: square}", "model.class_map: key True must be str, not True"),
+        ("{square: null}", "model.class_map.square must be str, not None"),
+        ("[square]", "model.class_map must be dict"),
+    ],
+)
+def test_names_of_classes_are_words(tmp_path, text, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config(write(tmp_path, f"model: {{class_map: {text}}}"))
+
+
 def test_a_student_can_be_named_or_described(tmp_path):
     assert load_config(write(tmp_path, "model: {student: some/student}")).model.student == "some/student"
     assert load_config(write(tmp_path, "model: {student: {checkpoint: x}}")).model.student.checkpoint == "x"

@@ -48,7 +48,8 @@ def test_a_recipe_is_built(path, stand_ins, tmp_path):
     student = model.get("student", {})
     names = {"model.teacher": model.get("teacher"), "model.student": student}
     if isinstance(student, dict):
-        names = {"model.teacher": model.get("teacher"), "model.student.base": student.get("base")}
+        names = {f"model.student.{key}": student.get(key) for key in ("base", "checkpoint")}
+        names["model.teacher"] = model.get("teacher")
         if student.get("pretrained_backbone"):
             overrides.append("model.student.pretrained_backbone=false")  # its weights are on the Hub
     for key, name in names.items():

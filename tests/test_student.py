@@ -150,6 +150,16 @@ def test_new_student_of_a_named_architecture_needs_no_teacher():
         build_student(StudentConfig(base="deformable_detr", copy_weights=True), None, ("a",), SIZE)
 
 
+def test_a_class_keeps_the_weights_that_it_has_under_its_other_name(tmp_path):
+    """`model.class_map` says what the teacher calls a class; a checkpoint of the same data calls it so too."""
+    name = save(tiny.deformable_detr(), tmp_path)
+    old = load_teacher(name).model.class_embed[0].weight
+    student = build_student(name, None, ("kitten", "pizza", "yak"), SIZE, {"kitten": "cat"})
+    new = student.model.class_embed[0].weight
+    assert torch.equal(new[0], old[0]) and torch.equal(new[1], old[4])
+    assert not any(torch.equal(new[2], row) for row in old)
+
+
 def test_other_families_follow_their_backbone_and_width():
     """The channels that RT-DETR's neck reads, and LW-DETR's levels, are those of what is asked for."""
     small = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4}

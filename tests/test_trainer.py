@@ -393,6 +393,15 @@ def test_mistakes(shapes, tmp_path):
     other.model.student.model.query_position_embeddings = torch.nn.Embedding(9, 64)
     with pytest.raises(UserError, match="is a checkpoint of another student"):
         other._load_from_checkpoint(str(tmp_path / "plain"))
+    permuted = make_trainer(shapes, tmp_path, distil=False)
+    permuted.model.student.config.id2label = dict(enumerate(reversed(CLASS_NAMES)))
+    with pytest.raises(UserError, match="a student with other classes, or in another order"):
+        permuted._load_from_checkpoint(str(tmp_path / "plain"))
+    trainer = make_trainer(shapes, tmp_path)
+    trainer.save_model(str(tmp_path / "distilled"))
+    trainer.model.method.samplers[0].query[0] = torch.nn.Linear(3, 16)
+    with pytest.raises(UserError, match="trained with other options of the method, or another teacher's classes"):
+        trainer._load_from_checkpoint(str(tmp_path / "distilled"))
     other.train_dataset.rank, other.train_dataset.world_size = 1, 2
     with pytest.raises(UserError, match="made for rank 1 of 2, this is rank 0 of 1"):
         other.get_train_dataloader()

@@ -15,9 +15,12 @@ class DFineAdapter(RTDetrV2Adapter):
     """Adapter of `DFineForObjectDetection`.
 
     Its first prediction, of the initial head before any refinement, is no layer and not shown. Boxes are not clamped:
-    they may reach beyond the image.
+    they may reach beyond the image. The loss is Transformers' to the letter, also where it pairs its lists of unequal
+    length (boxes with the initial head, side distributions without) from the front: the initial boxes meet the first
+    layer's distributions, and the layer before the last has no auxiliary loss.
     """
 
+    derived_values = ("head_dim",)
     loss_names = ("loss_vfl", "loss_bbox", "loss_giou", "loss_fgl", "loss_ddf")
     decoder_loss_names = ("loss_fgl", "loss_ddf")
 
@@ -43,14 +46,6 @@ class DFineAdapter(RTDetrV2Adapter):
         decoder = self.model.model.decoder
         quality = [layer.reg_conf for layer in decoder.lqe_layers]
         return [*super()._precise_modules(), decoder.pre_bbox_head, decoder.integral, *quality]
-
-    @classmethod
-    def config_values(cls, **sizes: int | None) -> dict:
-        values = super().config_values(**sizes)
-        if "d_model" in values:
-            # Saved with the configuration and checked against the width; all published models have 8 heads.
-            values["head_dim"] = values["d_model"] // 8
-        return values
 
     @property
     def layer_lists(self) -> dict[str, int]:
