@@ -155,6 +155,17 @@ def test_what_is_no_source_of_images_is_named(tmp_path, monkeypatch, name, messa
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["", "#train"])
+def test_no_name_is_not_the_working_folder(tmp_path, monkeypatch, name):
+    write_images(tmp_path / "images", BARE[:1])
+    monkeypatch.chdir(tmp_path / "images")
+    with pytest.raises(UserError, match="^data.unlabelled: source '' is empty: name a folder or a data set"):
+        unlabelled(name)
+    with pytest.raises(UserError, match="^source '' is empty"):
+        open_source("", "train")
+    assert unlabelled(".").num_rows == 1
+
+
 def test_a_name_that_is_no_text(tmp_path):
     root = write_images(tmp_path / "images", BARE[:1])
     try:

@@ -55,10 +55,11 @@ def open_training_source(config: DataConfig) -> Source:
 def _open_unlabelled(source: str) -> Source:
     """A folder of images or `SOURCE#split`; a folder of this whole name comes first."""
     folder = Path(source).expanduser()
-    name, _, split = (source, "", "") if folder.is_dir() else source.partition("#")
+    is_folder = source != "" and folder.is_dir()  # an empty path is the working folder
+    name, _, split = (source, "", "") if is_folder else source.partition("#")
     split = split or "train"
     try:
-        if folder.is_dir() and not (folder / "annotations").is_dir() and not holds_split(folder, split):
+        if is_folder and not (folder / "annotations").is_dir() and not holds_split(folder, split):
             return mark_unlabelled(open_images(folder))
         return mark_unlabelled(_open(name, split, None, labelled=False))
     except UserError as error:
@@ -67,6 +68,8 @@ def _open_unlabelled(source: str) -> Source:
 
 def _open(source: str, split: str, box_format: str | None, labelled: bool) -> Source:
     """Opens one split; without `labelled` its annotations are not read, and the rows have no `objects`."""
+    if not source:
+        raise UserError("source '' is empty: name a folder or a data set")
     if source == "shapes" or source.startswith("shapes?"):
         return _open_shapes(source, split, labelled)
     path = Path(source).expanduser()
