@@ -113,6 +113,17 @@ def test_what_would_fail_later_is_refused_now(places, options, topic, message):
     assert wrong.topic == topic and message in wrong.text
 
 
+def test_an_evaluation_split_with_a_class_of_its_own_is_refused(places, tmp_path):
+    write_coco(tmp_path / "coco", "train", tiny_rows(8))
+    write_coco(tmp_path / "coco", "val", tiny_rows(4))
+    file = tmp_path / "coco/annotations/instances_val.json"
+    contents = json.loads(file.read_text())
+    contents["categories"].append({"id": 50, "name": "zebra"})
+    file.write_text(json.dumps(contents))
+    found = refused(places, data={"source": str(tmp_path / "coco")})
+    assert found.topic == "schedule" and "lacks 1 of the 4 classes of split 'val': zebra" in found.text
+
+
 def test_the_weight_of_a_loss_that_is_not_ours_is_refused(places):
     values = configuration(places, student={"base": str(places / "rt_detr"), "config": {}})
     values["model"]["student"] = str(places / "rt_detr")
