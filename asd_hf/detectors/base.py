@@ -84,6 +84,8 @@ class DetectorAdapter:
 
     Class attributes:
         processor_class: image processor of the family.
+        processor_multiple: the image processor rounds the sides of images that keep their aspect down to multiples
+            of this, so that a model whose `size_divisor` divides it can take them.
         backbone_path: attribute path of the timm or Transformers backbone.
         backbone_type: the only model_type of a backbone that the family's code can take, if it is written for one.
         config_names: what the options of a new student (encoder_layers, decoder_layers, num_queries, d_model) are
@@ -103,6 +105,7 @@ class DetectorAdapter:
 
     spec: DetectorSpec
     processor_class: type
+    processor_multiple = 1
     backbone_path: str
     backbone_type: str | None = None
     config_names: dict[str, tuple[str, ...]] = {}

@@ -21,6 +21,7 @@ class YolosAdapter(DetectorAdapter):
     """
 
     processor_class = YolosImageProcessor
+    processor_multiple = 16
     backbone_path = "vit.embeddings.patch_embeddings"
     config_names = {
         "encoder_layers": ("num_hidden_layers",),
