@@ -84,7 +84,8 @@ def _loss(parts: Parts) -> tuple[str, ...]:
 def _sizes(parts: Parts) -> tuple[str, ...]:
     student, teacher = parts.student, parts.teacher
     ours, theirs = resize_spec(parts.run.data), resize_spec(teacher_view(parts.run.data))
-    if _pads(student, ours):
+    padded = _pads(student, ours)
+    if padded and ("height" in ours or student.processor_multiple % student.size_divisor):
         divisor = student.size_divisor
         side = -(-640 // divisor) * divisor
         return (
@@ -107,14 +108,17 @@ def _sizes(parts: Parts) -> tuple[str, ...]:
                 if role == "student"
                 else "a larger data.teacher_size",
             )
-    if teacher is None:
-        return OK, _size(ours)
-    notes = [] if ours == theirs else [f"student {_size(ours)}, teacher {_size(theirs)}, of one augmented image"]
-    if _pads(teacher, theirs):
-        notes.append(f"the teacher's images are padded to multiples of {teacher.size_divisor}")
-    if teacher.sees_padding and "shortest_edge" in theirs:
-        notes.append("the teacher knows no padding mask: its boxes are brought into the frame of the image")
-    return ADAPTED if notes else OK, "; ".join(notes) or f"both {_size(ours)}"
+    notes = []
+    if padded:
+        notes.append(f"sides are padded to multiples of {student.size_divisor}, where the image processor cuts them")
+    if teacher is not None:
+        if ours != theirs:
+            notes.append(f"student {_size(ours)}, teacher {_size(theirs)}, of one augmented image")
+        if _pads(teacher, theirs):
+            notes.append(f"the teacher's images are padded to multiples of {teacher.size_divisor}")
+        if teacher.sees_padding and "shortest_edge" in theirs:
+            notes.append("the teacher knows no padding mask: its boxes are brought into the frame of the image")
+    return ADAPTED if notes else OK, "; ".join(notes) or _size(ours)
 
 
 def _pads(adapter: DetectorAdapter, size: dict[str, int]) -> bool:

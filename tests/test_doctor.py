@@ -133,6 +133,18 @@ def test_the_weight_of_a_loss_that_is_not_ours_is_refused(places):
     assert wrong.topic == "loss" and "training.class_loss_weight does not apply to rt_detr" in wrong.text
 
 
+def test_a_family_whose_image_processor_makes_multiples_takes_any_size(places):
+    vit = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32, "image_size": [64, 64]}
+    yolos = {"base": "yolos", "config": vit, "encoder_layers": None, "decoder_layers": None}
+    found = findings_of(places, "detr", student=yolos, method={"layers": 1})
+    assert found["input sizes"].verdict == ADAPTED
+    assert found["input sizes"].text == "sides are padded to multiples of 16, where the image processor cuts them"
+    found = refused(
+        places, "detr", student=yolos, data={"resize": "fixed", "fixed_size": [64, 72]}, method={"layers": 1}
+    )
+    assert found.topic == "input sizes" and "multiples of 16" in found.text
+
+
 def test_more_queries_than_cells_are_refused(places):
     student = {"base": str(places / "rt_detr"), "config": {}, "encoder_layers": None, "d_model": None}
     student |= {"num_queries": 100}
