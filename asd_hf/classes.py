@@ -138,7 +138,7 @@ def match_classes(
     if not ours:
         raise UserError(
             f"{owner} and {asker} share no class: {owner} has {short_list(known)}, {asker} {short_list(names)}: "
-            "say in model.class_map which are the same"
+            "say in model.class_map (asd-hf evaluate: --class-map) which are the same"
         )
     for i, row in zip(ours, theirs, strict=True):
         if theirs.count(row) > 1:

@@ -1,9 +1,13 @@
+import json
+
 import pytest
 import torch
 
 from asd_hf.build import Parts
+from asd_hf.commands import run
 from asd_hf.config import build_config
 from asd_hf.errors import UserError
+from tests.families import FAMILIES
 from tests.tiny_run import configuration, write_places
 
 
@@ -63,3 +67,27 @@ def test_the_evaluation_of_a_teacher_knows_its_names(places, tmp_path):
         two.teacher, trainer.get_eval_dataloader(two.evaluation_stream(teacher=True))
     )
     assert {int(row[5]) for image in evaluator.images.values() for row in image.predictions} == {0, 2}
+
+
+def test_a_prompted_detector_is_evaluated_by_the_names_it_is_told(places, tmp_path, capsys):
+    model, processor = FAMILIES["grounding_dino"]()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    arguments = [
+        "--model",
+        str(tmp_path / "model"),
+        "--data",
+        str(places / "coco"),
+        "--output",
+        str(tmp_path / "m.json"),
+    ]
+    found = tmp_path / "found.json"
+    names = ["--class-map", "owl=kite", "--class-map", "dog=pizza"]
+    assert run("evaluate", [*arguments, *names, "--predictions", str(found)]) == 0
+    assert list(json.loads((tmp_path / "m.json").read_text())["per_class"]) == ["cat", "dog", "owl"]
+    assert {row["category_id"] for row in json.loads(found.read_text())} == {3, 7, 18}
+    assert run("evaluate", [*arguments, "--class-map", "owl=cat"]) == 2  # two classes by one name
+    assert "stands more than once" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("evaluate", [*arguments, "--class-map", "owl"])
+    assert "'owl' is not of the form DATA=MODEL" in capsys.readouterr().err

@@ -25,6 +25,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="loader workers (default: 0)")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument(
+        "--class-map",
+        action="append",
+        default=[],
+        type=_pair,
+        metavar="DATA=MODEL",
+        help="what the model calls a class of the data, where the names differ; may be given several times",
+    )
+    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="data.key=value",
@@ -33,12 +41,20 @@ def main(argv: list[str]) -> None:
     evaluate(parser.parse_intermixed_args(argv))
 
 
+def _pair(text: str) -> tuple[str, str]:
+    data, equals, model = text.partition("=")
+    if not (data and equals and model):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form DATA=MODEL")
+    return data, model
+
+
 def evaluate(args: argparse.Namespace) -> dict:
     """Evaluates as `args` says and returns what it writes to `args.output`."""
     state = PartialState()
     source = open_source(args.data, args.split, parse_overrides(DataConfig, {}, "data", args.overrides))
     adapter = load_teacher(args.model, "--model")
-    prompt_teacher(adapter, source.class_names)
+    class_map = dict(args.class_map)
+    prompt_teacher(adapter, source.class_names, class_map)
     adapter.model.to(state.device)
     # The resolution is the model's own: it is what its processor says.
     config = data_config(adapter.processor, args.data, args.split, args.overrides)
@@ -60,6 +76,7 @@ def evaluate(args: argparse.Namespace) -> dict:
             loader,
             source.class_names,
             source.category_ids,
+            class_map,
             device=state.device,
             progress=state.is_main_process,
         )
