@@ -24,6 +24,20 @@ from .student import build_student, load_teacher, prompt_teacher
 from .trainer import DistillationTrainer
 
 
+class _part(cached_property):
+    """A cached property that remembers also why it could not be had."""
+
+    def __get__(self, instance, owner=None):
+        failures = instance.__dict__.setdefault("_failures", {})
+        if self.attrname in failures:
+            raise failures[self.attrname]
+        try:
+            return super().__get__(instance, owner)
+        except UserError as error:
+            failures[self.attrname] = error
+            raise
+
+
 class Parts:
     """What a configuration names; each part is built when it is first asked for.
 
@@ -34,11 +48,11 @@ class Parts:
     def __init__(self, run: RunConfig) -> None:
         self.run = run
 
-    @cached_property
+    @_part
     def eval_source(self) -> Source:
         return open_source(self.run.data.source, self.run.data.eval_split, self.run.data)
 
-    @cached_property
+    @_part
     def train_source(self) -> Source:
         source = open_training_source(self.run.data)
         if source.class_names:
@@ -58,7 +72,7 @@ class Parts:
         ids = zip(self.train_source.category_ids, rows, strict=True)
         return [own if row is None else self.eval_source.category_ids[row] for own, row in ids]
 
-    @cached_property
+    @_part
     def teacher(self) -> DetectorAdapter | None:
         data, model = self.run.data, self.run.model
         if model.teacher is None:
@@ -68,13 +82,13 @@ class Parts:
                 ("model.class_map", model.class_map),
             ):
                 if value:
-                    raise UserError(f"{key} has no use without a teacher: set model.teacher, or remove it")
+                    raise UserError(f"{key} has no use without a teacher: set model.teacher, or remove {key}")
             return None
         teacher = load_teacher(model.teacher)
         prompt_teacher(teacher, self.class_names, model.class_map)
         return teacher
 
-    @cached_property
+    @_part
     def student(self) -> DetectorAdapter:
         return build_student(
             self.run.model.student, self.teacher, self.class_names, self.size, self.run.model.class_map
@@ -85,13 +99,13 @@ class Parts:
         """Of the student's images at inference, as image processors have it."""
         return resize_spec(self.run.data)
 
-    @cached_property
+    @_part
     def classes(self) -> SharedClasses | None:
         if self.teacher is None:
             return None
         return SharedClasses(self.student.spec, self.teacher.spec, self.run.model.class_map)
 
-    @cached_property
+    @_part
     def method(self) -> DistillationMethod | None:
         if self.run.method_class is None:
             if self.teacher is not None:

@@ -218,7 +218,10 @@ def _typed(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
     valid = {f.name for f in fields(cls) if f.init}
     for key in values:
         if key not in valid:
-            raise UserError(f"{where}.{key} is unknown: {nearest(str(key), valid)}")
+            homes = (("model", ModelConfig), ("data", DataConfig), ("training", TrainingConfig))
+            elsewhere = [name for name, section in homes if key in {f.name for f in fields(section)}]
+            hint = f"did you mean {elsewhere[0]}.{key}?" if elsewhere else nearest(str(key), valid)
+            raise UserError(f"{where}.{key} is unknown: {hint}")
     return {key: _convert(value, hints[key], f"{where}.{key}") for key, value in values.items()}
 
 

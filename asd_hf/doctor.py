@@ -24,13 +24,16 @@ from .trainer import DistillationTrainer, make_criterion
 
 logger = logging.getLogger(__name__)
 
-OK, ADAPTED, REFUSED = "OK", "ADAPTED", "REFUSED"
+OK, ADAPTED, CHECK, REFUSED = "OK", "ADAPTED", "CHECK", "REFUSED"
 POOR_TEACHER = 0.01  # an AP below this is no teacher's, but that of weights, classes or pixels gone wrong
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One answer. ADAPTED: the two differ, and it is taken care of as the text says."""
+    """One answer.
+
+    ADAPTED: the two differ, and it is taken care of as the text says. CHECK: it works, and is hardly what is meant.
+    """
 
     topic: str
     verdict: str
@@ -87,12 +90,12 @@ def _sizes(parts: Parts) -> tuple[str, ...]:
     padded = _pads(student, ours)
     if padded and ("height" in ours or student.processor_multiple % student.size_divisor):
         divisor = student.size_divisor
-        side = -(-640 // divisor) * divisor
+        height, width = (-(-side // divisor) * divisor for side in (ours.get("height", 640), ours.get("width", 640)))
         return (
             REFUSED,
-            f"{student.spec.family} needs one size whose sides are multiples of {divisor}, and the saved student must "
-            f"run on what its image processor makes: {_size(ours)}",
-            f"data.resize: fixed, data.fixed_size: [{side}, {side}]",
+            f"{student.spec.family} takes only sides that are multiples of {divisor}, and its image processor would "
+            f"make {_size(ours)}",
+            f"data.resize: fixed, data.fixed_size: [{height}, {width}]",
         )
     for role, adapter, size in (("student", student, ours), ("teacher", teacher, theirs)):
         if adapter is None or not adapter.two_stage:
@@ -118,6 +121,10 @@ def _sizes(parts: Parts) -> tuple[str, ...]:
             notes.append(f"the teacher's images are padded to multiples of {teacher.size_divisor}")
         if teacher.sees_padding and "shortest_edge" in theirs:
             notes.append("the teacher knows no padding mask: its boxes are brought into the frame of the image")
+        usual = dict(teacher.processor.size)
+        if usual != theirs:
+            notes.append(f"the teacher's image processor makes {_size(usual)}, and it will see {_size(theirs)}")
+            return CHECK, "; ".join(notes), "data.teacher_size, if that is not meant"
     return ADAPTED if notes else OK, "; ".join(notes) or _size(ours)
 
 
@@ -141,6 +148,8 @@ def _smallest(parts: Parts, size: dict[str, int]) -> tuple[int, int]:
 def _size(size: dict[str, int]) -> str:
     if "height" in size:
         return f"{size['height']}x{size['width']}"
+    if size.get("longest_edge") is None:
+        return f"shorter side {size['shortest_edge']}"
     return f"shorter side {size['shortest_edge']}, longer at most {size['longest_edge']}"
 
 
@@ -208,6 +217,13 @@ def _schedule(parts: Parts) -> tuple[str, ...]:
         return REFUSED, "the number of images is not known before they are read", "training.max_steps"
     parts.evaluation_stream()
     images = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if parts.method is not None and parts.method.settled_at >= steps:
+        return (
+            CHECK,
+            f"{steps} steps of {images} images, and the method has its full weight from step "
+            f"{parts.method.settled_at} on",
+            "a longer training or a smaller method.ramp_steps",
+        )
     return OK, f"{steps} steps of {images} images"
 
 

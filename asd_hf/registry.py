@@ -8,6 +8,8 @@ from importlib import import_module
 
 from .errors import UserError
 
+MOST_SHOWN = 20  # choices in an error line
+
 
 def nearest(name: str, valid: Collection[str]) -> str:
     """The end of an error line about an unknown `name`: the nearest valid one, or all of them when none is near."""
@@ -15,7 +17,8 @@ def nearest(name: str, valid: Collection[str]) -> str:
         return "there are none here"
     if close := get_close_matches(name, valid, n=1):
         return f"did you mean {close[0]!r}?"
-    return f"choose one of {', '.join(sorted(valid))}"
+    shown = sorted(valid)[:MOST_SHOWN]
+    return f"choose one of {', '.join(shown)}" + (f", ... ({len(valid)} in all)" if len(shown) < len(valid) else "")
 
 
 def resolve(name: str, table: dict[str, str], kind: str) -> type:

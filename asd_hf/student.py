@@ -156,7 +156,7 @@ def build_student(
         student.reset_heads()
         if config.copy_weights:
             copied = copy_weights(student, teacher)
-            logger.info("copied %d modules of the teacher: %s", len(copied), ", ".join(copied))
+            logger.info("copied %d of the student's modules from the teacher", len(copied))
             pretrained = pretrained or any(
                 student.model.get_submodule(name) in set(student.backbone.modules()) for name in copied
             )
@@ -348,6 +348,11 @@ def _architecture(
         base = teacher.model.config
     elif config.base in ADAPTERS:
         base = CONFIG_MAPPING[config.base](**adapter_class(config.base).default_values)
+    elif "/" not in config.base and not Path(config.base).is_dir():
+        raise UserError(
+            f"model.student.base: {config.base!r} is no detector type, folder or Hub id: "
+            f"{nearest(config.base, ADAPTERS)}"
+        )
     else:
         base = _load_config(config.base, "model.student.base")
     sizes = {name: getattr(config, name) for name in ("encoder_layers", "decoder_layers", "num_queries", "d_model")}

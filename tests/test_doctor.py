@@ -12,8 +12,9 @@ from asd_hf.build import Parts
 from asd_hf.commands import run
 from asd_hf.config import build_config
 from asd_hf.data import make_shapes
-from asd_hf.doctor import ADAPTED, OK, REFUSED, check, report
+from asd_hf.doctor import ADAPTED, CHECK, OK, REFUSED, check, report
 from asd_hf.errors import UserError
+from asd_hf.student import load_teacher
 from tests.tiny_data import tiny_rows, write_coco
 from tests.tiny_run import configuration, write_places
 
@@ -41,7 +42,7 @@ def test_what_differs_is_adapted_and_said(places):
     assert (found["layers"].verdict, found["layers"].text[:20]) == (ADAPTED, "teacher 3, student 2")
     assert found["head"].verdict == found["data"].verdict == found["method"].verdict == OK
     assert "16 images to train on (those of" in found["data"].text and "4 to evaluate on" in found["data"].text
-    assert found["input sizes"].verdict == ADAPTED
+    assert found["input sizes"].verdict == CHECK  # it is used to 80
     assert "student shorter side 80, longer at most 112, teacher shorter side 96" in found["input sizes"].text
 
 
@@ -145,6 +146,27 @@ def test_a_family_whose_image_processor_makes_multiples_takes_any_size(places):
     assert found.topic == "input sizes" and "multiples of 16" in found.text
 
 
+def test_a_method_that_sets_in_after_the_end_is_to_be_checked(places):
+    found = findings_of(places)["schedule"]
+    assert (
+        found.verdict == CHECK
+        and "4 steps of 2 images, and the method has its full weight from step 1000" in found.text
+    )
+    assert findings_of(places, method={"ramp_steps": 3})["schedule"].verdict == OK
+
+
+def test_a_teacher_at_an_unusual_resolution_is_to_be_checked(places):
+    found = findings_of(places, data={"teacher_size": [64, 64]})["input sizes"]
+    assert found.verdict == CHECK and found.remedy == "data.teacher_size, if that is not meant"
+    assert "image processor makes shorter side 80, longer at most 112, and it will see 64x64" in found.text
+
+
+def test_a_part_that_cannot_be_built_is_tried_once(places, monkeypatch):
+    tried = []
+    monkeypatch.setattr("asd_hf.build.load_teacher", lambda name: tried.append(name) or load_teacher(name))
+    assert refused(places, "nothing").topic == "teacher" and len(tried) == 1
+
+
 def test_more_queries_than_cells_are_refused(places):
     student = {"base": str(places / "rt_detr"), "config": {}, "encoder_layers": None, "d_model": None}
     student |= {"num_queries": 100}
@@ -195,7 +217,7 @@ def test_the_command_takes_short_epochs_and_checkpointing_and_pushes_nothing(pla
     file.write_text(yaml.safe_dump(values))
     assert run("doctor", ["--config", str(file), "--steps", "3", "data.shuffle_buffer=8", "--images", "0"]) == 0
     out = capsys.readouterr().out
-    assert "schedule       OK       3 steps of 8 images" in out and "; 3 steps: 0.0 h" in out  # one batch an epoch
+    assert "schedule       CHECK    3 steps of 8 images" in out and "; 3 steps: 0.0 h" in out  # one batch an epoch
     assert not (tmp_path / "never").exists()
     with pytest.raises(SystemExit):
         run("doctor", ["--config", str(file), "--steps", "-1"])
@@ -208,7 +230,8 @@ def test_batches_without_labels_have_no_gradient_ratio(places, tmp_path, capsys)
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(values))
     assert run("doctor", ["--config", str(file), "--steps", "2", "--images", "0"]) == 0
-    assert "gradient ratio" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "gradient ratio" not in out and "no batch had labels" in out
 
 
 def test_a_teacher_that_finds_nothing_is_refused(places, tmp_path, capsys):

@@ -414,8 +414,7 @@ def test_fewer_layers_and_queries_are_copied_evenly(caplog, variant):
     for ours, theirs in pairs:
         copied, source = student.get_submodule(ours), teacher.get_submodule(theirs)
         torch.testing.assert_close(copied.weight, source.weight, rtol=0, atol=0)
-        assert ours in caplog.text
-    assert "modules of the teacher" in caplog.text and "backbone" not in caplog.text.split("copied")[1].split("\n")[0]
+    assert "of the student's modules from the teacher" in caplog.text
 
 
 def test_a_backbone_is_copied_as_a_whole_or_not_at_all():

@@ -19,6 +19,7 @@ def write_places(root: Path) -> Path:
     write_images(root / "more", tiny_rows(4, first_id=900))
     for family, classes in TEACHERS.items():
         model, processor = FAMILIES[family](classes=classes, num_queries=9)
+        processor.size = {"shortest_edge": 80, "longest_edge": 112}
         model.save_pretrained(root / family)
         processor.save_pretrained(root / family)
     return root

@@ -46,6 +46,9 @@ def main(argv: list[str]) -> None:
             print()
             for row in gradients:
                 print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+            print("(at the first steps; a term of ratio 0 trains only the method's own parameters)")
+        elif gradients:
+            print("\nno batch had labels: there is no detection loss to compare the method's gradient with")
     if count := _refused(findings):
         raise UserError(f"{count} of {len(findings)} points are refused: see the table")
 

@@ -206,7 +206,10 @@ class DetectorAdapter:
         given = {name: size for name, size in sizes.items() if size is not None}
         for name in given:
             if name not in cls.config_names:
-                raise UserError(f"model.student.{name}: {cls.__name__.removesuffix('Adapter')} has no such size")
+                family = cls.__name__.removesuffix("Adapter")
+                raise UserError(
+                    f"model.student.{name}: {family} has no such size; its own go into model.student.config"
+                )
         return {key: size for name, size in given.items() for key in cls.config_names[name]}
 
     @classmethod

@@ -47,7 +47,8 @@ def evaluate_detector(
     ours, theirs = match_classes(class_names, adapter.spec.class_names, class_map, "the data", "the model")
     if lacking := [name for i, name in enumerate(class_names) if i not in ours]:
         logger.warning(
-            "the model lacks %d of the %d classes of the data and finds none of them: %s",
+            "the %s that is evaluated lacks %d of the %d classes of the data and finds none of them: %s",
+            adapter.spec.family,
             len(lacking),
             len(class_names),
             short_list(lacking),

@@ -199,6 +199,10 @@ class ASD(DistillationMethod):
             Sampler(input_dim, config) for _ in range(1 if config.share_sampler else config.layers)
         )
 
+    @property
+    def settled_at(self) -> int:
+        return self.config.ramp_start + self.config.ramp_steps
+
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
         config = self.config
         with torch.autocast(student.logits.device.type, enabled=False):

@@ -39,6 +39,11 @@ class DistillationMethod(nn.Module):
                     f"which {spec.family} cannot give"
                 )
 
+    @property
+    def settled_at(self) -> int:
+        """The optimizer step from which the losses have their full weight."""
+        return 0
+
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
         """Named scalar losses, already weighted. Their sum is added to the detection loss; each is logged by its name.
 
