@@ -179,7 +179,8 @@ def _no_loss(output, labels):
 def test_a_detector_that_lacks_classes_is_evaluated_on_the_others(caplog):
     adapter = get_adapter(tiny.deformable_detr(0, classes=("pizza", "yak", "cat")), tiny.processor())
     batch = tiny.batch(4, boxes=(5,))
-    _, evaluator = evaluate_detector(adapter, [batch], tiny.CLASSES, progress=False)
+    numbers, evaluator = evaluate_detector(adapter, [batch], tiny.CLASSES, progress=False)
+    assert numbers["classes_lacking"] == ["dog", "traffic light", "kite"]
     found = {row[5] for image in evaluator.images.values() for row in image.predictions}
     assert found == {0, 4}
     assert "the deformable_detr that is evaluated lacks 3 of the 5 classes of the data" in caplog.text

@@ -38,7 +38,8 @@ def evaluate_detector(
         class_map: what the detector calls a class of the data, where the names differ.
 
     Returns:
-        `CocoEvaluator.compute()`'s numbers, and the evaluator, which holds the predictions.
+        `CocoEvaluator.compute()`'s numbers, with "classes_lacking" if there are any, and the evaluator, which holds
+        the predictions.
 
     Raises:
         UserError: the detector knows no class of the data.
@@ -65,4 +66,4 @@ def evaluate_detector(
         predictions[..., 5] = indices[predictions[..., 5].long()].to(predictions)
         ids = torch.stack([label["image_id"] for label in labels])
         evaluator.add(ids, predictions, [label["ground_truth"] for label in labels], sizes)
-    return evaluator.compute(), evaluator
+    return evaluator.compute() | ({"classes_lacking": lacking} if lacking else {}), evaluator
