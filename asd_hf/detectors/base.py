@@ -32,6 +32,9 @@ class DetectorSpec:
     pixel_std: tuple[float, ...]
     activation: str  # of the class logits: "sigmoid", or "softmax" with a last column "no object"
     capabilities: frozenset[str]  # what a method may require: "decode", "features", ...
+    # A question to `decode`: contents, and ...
+    asks_positions: bool = False  # ... position embeddings (B, Q, D), ...
+    reference_size: int = 0  # ... references of so many numbers: 2 for points, 4 for boxes, 0 for none
 
 
 @dataclass
@@ -45,6 +48,8 @@ class DetectorOutput:
     decode: Callable[[Tensor, Tensor, Tensor], DetectorOutput] | None = None  # asks the encoded images other questions
     proposals: tuple[Tensor, Tensor] | None = None  # two-stage: (B, S, C) logits and (B, S, 4) boxes of the encoder
     losses: dict[str, Tensor] | None = None  # Transformers' own, weighted: `DetectorAdapter.own_loss`
+    # Canvas (B, H, W) as the model saw it, true where the image is; the tensor that `prepare` gave. Answers have none.
+    mask: Tensor | None = None
 
     def map_logits(self, change: Callable[[Tensor], Tensor]) -> DetectorOutput:
         """The same output with other logits, also of what `decode` answers; `proposals` stay."""
@@ -132,14 +137,18 @@ class DetectorAdapter:
         """
         pixels, mask = self.prepare(pixel_values, pixel_mask)
         if not self.sees_padding:
-            return self.forward(pixels, mask, labels)
+            output = self.forward(pixels, mask, labels)
+            output.mask = mask
+            return output
         (height, width), down, across = mask.shape[1:], mask[:, :, 0].sum(1), mask[:, 0].sum(1)
         # Filled tensors: a list of numbers would be copied to the device, and a number over a tensor is not exact.
         scale = torch.stack([across.new_full((), width) / across, down.new_full((), height) / down] * 2, 1)
         scale = scale[:, None]  # (B, 1, 4)
         if labels is not None:
             labels = [label | {"boxes": label["boxes"] / s} for label, s in zip(labels, scale, strict=True)]
-        return self.forward(pixels, mask, labels).map_boxes(scale)
+        output = self.forward(pixels, mask, labels).map_boxes(scale)
+        output.mask = mask
+        return output
 
     def forward(self, pixels: Tensor, mask: Tensor, labels: list[dict] | None) -> DetectorOutput:
         """Runs the model on normalised `pixels`; its boxes, and those of `labels`, are relative to the valid image, or

@@ -20,6 +20,8 @@ class DabDetrAdapter(ConditionalDetrAdapter):
     backbone_path = "model.backbone.conv_encoder.model"
     config_names = ConditionalDetrAdapter.config_names | {"d_model": ("hidden_size",)}
     class_loss_weight = 1.0
+    asks_positions = False
+    reference_size = 4
     auxiliary_loss = True  # a mere loss here: all layers are there without it
 
     @property

@@ -47,6 +47,8 @@ class DeformableDetrAdapter(DetectorAdapter):
             **pixel_statistics(processor),
             activation="sigmoid",
             capabilities=frozenset({"decode", "features"} | ({"proposals"} if config.two_stage else set())),
+            asks_positions=True,
+            reference_size=4 if config.two_stage else 2,
         )
 
     @property

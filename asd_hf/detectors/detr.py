@@ -29,6 +29,8 @@ class DetrAdapter(DetectorAdapter):
         "d_model": ("d_model",),
     }
     activation = "softmax"
+    asks_positions = True
+    reference_size = 0
     question = ("inputs_embeds", "object_queries_position_embeddings")  # contents and positions, for the decoder
 
     def __init__(self, model: nn.Module, processor) -> None:
@@ -44,6 +46,8 @@ class DetrAdapter(DetectorAdapter):
             **pixel_statistics(processor),
             activation=self.activation,
             capabilities=frozenset({"decode", "features"}),
+            asks_positions=self.asks_positions,
+            reference_size=self.reference_size,
         )
 
     @property

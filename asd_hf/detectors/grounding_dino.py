@@ -48,6 +48,7 @@ class GroundingDinoAdapter(DetectorAdapter):
             **pixel_statistics(self.processor),
             activation="sigmoid",
             capabilities=frozenset({"decode", "features"}),
+            reference_size=4,
         )
 
     def prompt(self, class_names: Sequence[str]) -> None:

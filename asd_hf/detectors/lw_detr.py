@@ -43,6 +43,7 @@ class LwDetrAdapter(DetectorAdapter):
             **pixel_statistics(processor),
             activation="sigmoid",
             capabilities=frozenset({"decode", "features"}),
+            reference_size=4,
         )
 
     @property

@@ -31,9 +31,9 @@ class RfDetrAdapter(LwDetrAdapter):
 
     def prepare(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
         pixels, mask = super().prepare(pixel_values, pixel_mask)
-        if self.model.config.backbone_config.num_windows == 1:
-            return pixels, mask
         height, width = mask.shape[1:]
+        if self.model.config.backbone_config.num_windows == 1 or height == width:
+            return pixels, mask
         side = max(height, width)
         missing = (0, side - width, 0, side - height)
         return nn.functional.pad(pixels, missing), nn.functional.pad(mask, missing)

@@ -58,6 +58,7 @@ class RTDetrAdapter(DetectorAdapter):
             **pixel_statistics(processor),
             activation="sigmoid",
             capabilities=frozenset({"decode", "features"}),
+            reference_size=4,
         )
 
     def _measure_neck(self) -> tuple[int, ...]:
