@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.models.d_fine.modeling_d_fine import distance2bbox, weighting_function
 
 from asd_hf.detectors import get_adapter
 from tests import tiny
@@ -106,3 +107,44 @@ def test_gradient_reaches_the_question_and_the_encoded_image(name, training):
         weights = torch.randn(tensor.shape, generator=generator)
         gradients = torch.autograd.grad((tensor * weights).sum(), sources, retain_graph=True)
         assert all(g.isfinite().all() and g.any() for g in gradients)
+
+
+# -- distributions over the sides of boxes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["d_fine", "deimv2"])
+def test_boxes_follow_from_the_distributions_over_their_sides(name, training):
+    adapter, batch = adapter_of(name, training), tiny.batch(4)
+    decoder, count = adapter.model.model.decoder, adapter.spec.num_layers
+    with adapter.tap({"decoder": decoder}) as seen:
+        output = adapter(batch["pixel_values"], batch["pixel_mask"], batch["labels"] if training else None)
+        # The initial boxes, without denoising queries, which stand first; of the padded canvas.
+        initial = seen["decoder"][2].initial_reference_points[:, 0, -12:]
+        denoised = seen["decoder"][2].initial_reference_points.shape[2] > 12
+        contents, _, references = (None if t is None else t[:, :5].flip(1) for t in output.decode.own)
+        answer = output.decode(contents, None, references)
+        asked = seen["decoder"][2].initial_reference_points[:, 0]
+    assert denoised == training
+    height, width = output.mask.shape[1:]
+    sizes = torch.tensor([[width / w, height / h] * 2 for h, w in tiny.SIZES])[:, None]
+    project = weighting_function(decoder.max_num_bins, decoder.up, decoder.reg_scale)
+    for told, boxes, queries in ((output, initial, 12), (answer, asked, 5)):
+        assert told.sides.shape == (count, 4, queries, 4, adapter.spec.side_bins) == (count, 4, queries, 4, 33)
+        for layer in range(count):
+            distances = decoder.integral(told.sides[layer].flatten(2), project)
+            torch.testing.assert_close(told.boxes[layer], distance2bbox(boxes, distances, decoder.reg_scale) * sizes)
+    assert (output.sides[0] - output.sides[1]).abs().max() > 1e-2
+    if not training:  # denoising is seen by no other query
+        again = output.decode(*output.decode.own)
+        torch.testing.assert_close(again.sides, output.sides, rtol=1e-4, atol=1e-4)
+    (gradient,) = torch.autograd.grad(output.sides[-1].square().sum(), output.features[0])
+    assert gradient.any()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_only_those_with_distributions_show_them(name):
+    adapter = adapter_of(name)
+    known = name in ("d_fine", "deimv2")
+    assert ("sides" in adapter.spec.capabilities) == known == bool(adapter.spec.side_bins)
+    assert (ask(adapter, tiny.batch(1)).sides is not None) == known

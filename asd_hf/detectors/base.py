@@ -35,6 +35,7 @@ class DetectorSpec:
     # A question to `decode`: contents, and ...
     asks_positions: bool = False  # ... position embeddings (B, Q, D), ...
     reference_size: int = 0  # ... references of so many numbers: 2 for points, 4 for boxes, 0 for none
+    side_bins: int = 0  # of `DetectorOutput.sides`
 
 
 @dataclass
@@ -50,6 +51,8 @@ class DetectorOutput:
     losses: dict[str, Tensor] | None = None  # Transformers' own, weighted: `DetectorAdapter.own_loss`
     # Canvas (B, H, W) as the model saw it, true where the image is; the tensor that `prepare` gave. Answers have none.
     mask: Tensor | None = None
+    # Logits (L, B, Q, 4, bins) of where the left, top, right and bottom side of a box is: `DFineAdapter`.
+    sides: Tensor | None = None
 
     def map_logits(self, change: Callable[[Tensor], Tensor]) -> DetectorOutput:
         """The same output with other logits, also of what `decode` answers; `proposals` stay."""

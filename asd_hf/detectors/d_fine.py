@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import nn
 
@@ -18,18 +19,29 @@ class DFineAdapter(RTDetrV2Adapter):
     they may reach beyond the image. The loss is Transformers' to the letter, also where it pairs its lists of unequal
     length (boxes with the initial head, side distributions without) from the front: the initial boxes meet the first
     layer's distributions, and the layer before the last has no auxiliary loss.
+
+    `sides` are logits over `spec.side_bins` distances of each side from that of a box which all layers share, the
+    initial head's (section 4.1 of the paper). Each layer adds to the logits of the one before; the output shows the
+    sums, of which the layer's boxes are computed. Distances count in widths and heights of the initial box, so they
+    are the same in every frame.
     """
 
     derived_values = ("head_dim",)
     loss_names = ("loss_vfl", "loss_bbox", "loss_giou", "loss_fgl", "loss_ddf")
     decoder_loss_names = ("loss_fgl", "loss_ddf")
 
+    def __init__(self, model: nn.Module, processor) -> None:
+        super().__init__(model, processor)
+        capabilities = self.spec.capabilities | {"sides"}
+        self.spec = replace(self.spec, capabilities=capabilities, side_bins=model.config.max_num_bins + 1)
+
     def _read(self, decoded, noised: int) -> DetectorOutput:
-        # The side distributions (B, L, Q, 4 * bins) would be `decoded.intermediate_predicted_corners[:, :, noised:]`.
+        sides = decoded.intermediate_predicted_corners[:, :, noised:].transpose(0, 1)
         return DetectorOutput(
             decoded.intermediate_logits[:, 1:, noised:].transpose(0, 1),
             decoded.intermediate_reference_points[:, 1:, noised:].transpose(0, 1),
             decoded.intermediate_hidden_states[:, :, noised:].to(self.model.dtype),
+            sides=sides.unflatten(-1, (4, self.spec.side_bins)),
         )
 
     @contextmanager
