@@ -71,10 +71,15 @@ class SharedClasses:
         return output.map_logits(change)
 
     def labels(self, labels: list[dict]) -> list[dict]:
-        """The labels with `class_labels` as indices of the shared classes, -1 where the teacher lacks the class."""
+        """The labels of the objects of shared classes alone, `class_labels` as indices of those."""
         if self._all_of_student:
             return labels
-        return [label | {"class_labels": self._labels[label["class_labels"]]} for label in labels]
+        shared = []
+        for label in labels:
+            classes = self._labels[label["class_labels"]]
+            known = classes >= 0
+            shared.append(label | {"class_labels": classes[known], "boxes": label["boxes"][known]})
+        return shared
 
     def to(self, device: torch.device | str) -> SharedClasses:
         """Moves the indices, in place."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from .detectors.base import DetectorOutput, sum_over_ranks
+from .matching import match_targets
 from .ops import cxcywh_to_xyxy, generalized_iou
 
 
@@ -65,32 +65,35 @@ class DetectionCriterion:
             **own,
         )
 
-    def __call__(self, output: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
+    def __call__(
+        self, output: DetectorOutput, labels: list[dict], pairs: tuple[Tensor, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Weighted scalars `loss_ce`, `loss_bbox`, `loss_giou`; of the proposals of two stages the same with `_enc`.
 
         Args:
             output: predictions of B images.
             labels: B dicts with `class_labels` (T,) and `boxes` (T, 4) as (cx, cy, w, h) in [0, 1]. Images whose
                 bool `labelled` is false have no objects here and take no part in the loss.
+            pairs: of the decoder's queries, from `assign`, to take instead of matching; proposals are left out then.
         """
         with torch.autocast(output.logits.device.type, enabled=False):
             predictions = {"": (_full(output.logits), _full(output.boxes))}
-            if output.proposals is not None:
+            if output.proposals is not None and pairs is None:
                 logits, boxes = output.proposals
                 predictions["_enc"] = _full(logits)[None], _full(boxes)[None]
             classes = torch.cat([label["class_labels"] for label in labels])
             boxes = torch.cat([label["boxes"] for label in labels]).to(predictions[""][1].dtype)
             # Proposals tell objects from background: class 0 stands for every object.
             targets = {"": (classes, boxes), "_enc": (torch.zeros_like(classes), boxes)}
-            pairs = self.match(
-                [(*predictions[stage], *targets[stage]) for stage in predictions],
-                [len(label["class_labels"]) for label in labels],
-            )
+            matches = [pairs]
+            if pairs is None:
+                stages = [(*predictions[stage], *targets[stage]) for stage in predictions]
+                matches = self.match(stages, [len(label["class_labels"]) for label in labels])
             flags = [label.get("labelled", True) for label in labels]
             labelled = None if all(flags) else torch.tensor(flags)[:, None].to(boxes, non_blocking=True)  # (B, 1)
             class_loss = self._focal if self.activation == "sigmoid" else self._cross_entropy
             sums, counts = {}, {}
-            for stage, matched in zip(predictions, pairs, strict=True):
+            for stage, matched in zip(predictions, matches, strict=True):
                 logits, predicted = predictions[stage]
                 loss, weight = class_loss(logits, targets[stage][0], *matched, labelled)
                 sums["loss_ce" + stage] = self.class_loss_weight * loss
@@ -98,6 +101,14 @@ class DetectionCriterion:
                 if weight is not None:
                     counts["loss_ce" + stage] = weight
             return _normalised(sums, counts, len(classes))
+
+    def assign(self, outputs: list[DetectorOutput], labels: list[dict]) -> list[tuple[Tensor, Tensor]]:
+        """Matches the queries of every layer of several outputs with ground truth, see `match`."""
+        with torch.autocast(outputs[0].logits.device.type, enabled=False):
+            classes = torch.cat([label["class_labels"] for label in labels])
+            boxes = torch.cat([label["boxes"] for label in labels])
+            stages = [(_full(x.logits), _full(x.boxes), classes, boxes.to(_full(x.boxes).dtype)) for x in outputs]
+            return self.match(stages, [len(label["class_labels"]) for label in labels])
 
     @torch.no_grad()
     def match(
@@ -125,19 +136,7 @@ class DetectionCriterion:
         costs = [
             self._cost(logits, boxes, classes[slots], targets[slots]) for logits, boxes, classes, targets in stages
         ]
-        host = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
-        pairs, start = [], 0
-        for num_layers, num_images, num_queries, num_slots in (cost.shape for cost in costs):
-            stop = start + num_layers * num_images * num_queries * num_slots
-            cost, start = host[start:stop].reshape(num_layers, num_images, num_queries, num_slots), stop
-            matched = []
-            for layer in range(num_layers):
-                for image in np.flatnonzero(counts):
-                    query, target = linear_sum_assignment(cost[layer, image, :, : counts[image]])
-                    matched.append((query + (layer * num_images + image) * num_queries, target + starts[image]))
-            pairs.append(np.concatenate(matched, axis=1))
-        indices = torch.from_numpy(np.concatenate(pairs, axis=1)).to(device, non_blocking=True)
-        return [tuple(stage) for stage in indices.split([p.shape[1] for p in pairs], dim=1)]
+        return match_targets(costs, counts)
 
     def _cost(self, logits: Tensor, boxes: Tensor, classes: Tensor, targets: Tensor) -> Tensor:
         """(L, B, Q, T) cost of each of Q predictions for each of T targets of the same image."""
@@ -150,9 +149,7 @@ class DetectionCriterion:
         boxes, targets = boxes[..., None, :], targets[None, :, None]
         bbox_cost = (boxes - targets).abs().sum(-1)
         giou_cost = -generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets))
-        cost = self.class_cost * class_cost + self.bbox_cost * bbox_cost + self.giou_cost * giou_cost
-        worst = torch.finfo(cost.dtype).max  # a prediction that is not finite is matched last
-        return cost.nan_to_num(worst, worst, worst)
+        return self.class_cost * class_cost + self.bbox_cost * bbox_cost + self.giou_cost * giou_cost
 
     def _focal(
         self, logits: Tensor, classes: Tensor, query: Tensor, target: Tensor, labelled: Tensor | None

@@ -161,8 +161,7 @@ class DistillationTrainer(Trainer):
         """Keeps this step's scalars on the device, until the next log averages them."""
         scalars = {f"loss/{name}": loss.detach() for name, loss in outputs.losses.items()}
         if self.method is not None:
-            kind = type(self.method).__name__.lower()
-            scalars |= {f"{kind}/{name}": value for name, value in self.method.statistics.items()}
+            scalars |= self.method.statistics
         if outputs.gradient_norms is not None:
             ours, task = outputs.gradient_norms["distillation"], outputs.gradient_norms["detection"]
             scalars["distillation_gradient_share"] = ours / (ours + task).clamp(min=1e-12)

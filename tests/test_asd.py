@@ -449,7 +449,8 @@ def test_statistics():
     student, teacher = output(6, 1), output(8, 2)
     asd(student, teacher, [])
     seen = {name: value.item() for name, value in asd.statistics.items()}
-    assert set(seen) == {"w_ii", "w_ii_foreground", "w_ii_background", "queries_per_point"}
+    assert set(seen) == {"asd/w_ii", "asd/w_ii_foreground", "asd/w_ii_background", "asd/queries_per_point"}
+    seen = {name.removeprefix("asd/"): value for name, value in seen.items()}
     layers = []
     for layer in (-2, -1):
         y = torch.cat([teacher.boxes[layer], teacher.logits[layer].sigmoid()], -1)

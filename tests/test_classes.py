@@ -96,14 +96,16 @@ def test_nothing_is_touched_where_both_agree():
     assert shared.labels(labels) is labels
 
 
-def test_labels_of_unshared_classes_are_minus_one():
+def test_objects_of_unshared_classes_are_left_out_of_the_labels():
     shared = SharedClasses(spec("cat", "emu", "dog"), spec("dog", "cat"))
     labels = [
         {"class_labels": torch.tensor([2, 1, 0]), "boxes": torch.rand(3, 4)},
-        {"class_labels": torch.zeros(0).long()},
+        {"class_labels": torch.zeros(0).long(), "boxes": torch.zeros(0, 4), "labelled": False},
     ]
-    assert [label["class_labels"].tolist() for label in shared.labels(labels)] == [[1, -1, 0], []]
-    assert shared.labels(labels)[0]["boxes"] is labels[0]["boxes"]
+    known = shared.labels(labels)
+    assert [label["class_labels"].tolist() for label in known] == [[1, 0], []]
+    assert torch.equal(known[0]["boxes"], labels[0]["boxes"][[0, 2]]) and known[1]["boxes"].shape == (0, 4)
+    assert known[1]["labelled"] is False and len(labels[0]["class_labels"]) == 3
 
 
 def test_what_decode_answers_is_reduced_too():
@@ -168,7 +170,7 @@ def test_the_distiller_gives_the_method_what_is_shared():
     ours, theirs, labels = seen[0]
     assert ours[-1] == theirs[-1] == 2 and loss.isfinite()
     known = {0: 0, 3: 1}  # cat and kite of the student's five
-    expected = [[known.get(c, -1) for c in label["class_labels"].tolist()] for label in batch["labels"]]
+    expected = [[known[c] for c in label["class_labels"].tolist() if c in known] for label in batch["labels"]]
     assert [label["class_labels"].tolist() for label in labels] == expected
 
 

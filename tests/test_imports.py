@@ -7,10 +7,11 @@ import asd_hf
 
 ROOT = Path(asd_hf.__file__).parent
 LAYERS = [
-    {"errors", "registry", "ops"},
+    {"errors", "registry", "ops", "distances", "phases"},
     {"detectors"},
+    {"criterion", "features", "matching", "questions", "targets"},
     {"methods"},
-    {"classes", "criterion", "distiller", "ema", "student", "data", "evaluation", "hub"},
+    {"classes", "distiller", "ema", "student", "data", "evaluation", "hub"},
     {"config", "trainer", "build", "doctor"},
     {"commands"},
 ]

@@ -10,7 +10,7 @@ Letters: N images x layers, P sampling points, T teacher queries, S student quer
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +20,9 @@ from torch.func import functional_call
 from ..detectors.base import DetectorOutput, DetectorSpec
 from ..errors import UserError
 from ..ops import cxcywh_to_xyxy, generalized_iou
-from ..registry import nearest
-from .base import DistillationMethod, MethodConfig
+from .base import DistillationMethod, MethodConfig, option
 
 EPSILON = 1e-6  # keeps probabilities inside the domain of the logarithm
-
-
-def _option(default, text, choices=None):
-    return field(default=default, metadata={"help": text, "choices": choices})
 
 
 # `objective: pair` compares single predictions of all teacher queries, under weights without gradient.
@@ -42,9 +37,9 @@ class ASDConfig(MethodConfig):
     """Options of active sampling distillation. "Paper" marks what its text fixes; the rest it leaves open."""
 
     # What is compared
-    layers: int = _option(2, "Last decoder layers to distil, aligned from the end (paper: 2; Table 2 also has 1)")
-    teacher_layer: str = _option("same", "Teacher layer of each student layer, from the end", ("same", "last"))
-    objective: str = _option(
+    layers: int = option(2, "Last decoder layers to distil, aligned from the end (paper: 2; Table 2 also has 1)")
+    teacher_layer: str = option("same", "Teacher layer of each student layer, from the end", ("same", "last"))
+    objective: str = option(
         "sample",
         "sample: distance of the sampled averages (paper). pair: expectation of the distance under the same weights "
         "(extension, not in the paper; its weights carry no gradient)",
@@ -52,69 +47,64 @@ class ASDConfig(MethodConfig):
     )
 
     # The sampler
-    sampler_input: str = _option("probs", "Class part of what the sampler reads beside the box", ("probs", "logits"))
-    box_scale: float = _option(1.0, "Factor on the box part of what the sampler reads")
-    hidden_dim: int = _option(256, "Width of the sampler's hidden layers")
-    key_dim: int = _option(256, "Width d_k of queries and keys")  # 16 loses points in free-student experiments
-    mlp_layers: int = _option(2, "Linear layers of each sampler MLP; 1 (no hidden layer) cannot part near duplicates")
-    shared_qk: bool = _option(False, "One MLP for queries and keys (Fig. 2 allows it) instead of two (Eq. 9, 10)")
-    share_sampler: bool = _option(True, "One sampler for all layers")
-    heads: int = _option(1, "Attention heads (paper: 1; 8 is its ablation). The heads' weights are averaged")
-    normalize: str = _option("none", "Normalisation of queries and keys", ("none", "layer_norm", "l2"))
+    sampler_input: str = option("probs", "Class part of what the sampler reads beside the box", ("probs", "logits"))
+    box_scale: float = option(1.0, "Factor on the box part of what the sampler reads")
+    hidden_dim: int = option(256, "Width of the sampler's hidden layers")
+    key_dim: int = option(256, "Width d_k of queries and keys")  # 16 loses points in free-student experiments
+    mlp_layers: int = option(2, "Linear layers of each sampler MLP; 1 (no hidden layer) cannot part near duplicates")
+    shared_qk: bool = option(False, "One MLP for queries and keys (Fig. 2 allows it) instead of two (Eq. 9, 10)")
+    share_sampler: bool = option(True, "One sampler for all layers")
+    heads: int = option(1, "Attention heads (paper: 1; 8 is its ablation). The heads' weights are averaged")
+    normalize: str = option("none", "Normalisation of queries and keys", ("none", "layer_norm", "l2"))
 
     # The sampling loss, Eq. 16
-    sampling_weight: float = _option(1.0, "Weight of the sampling loss (paper: 1)")
+    sampling_weight: float = option(1.0, "Weight of the sampling loss (paper: 1)")
     # The sum starts at Q ln Q = 1711 for 300 queries, which under gradient clipping leaves nothing of the other terms.
-    sampling_reduction: str = _option("mean", "Over the points: mean, or sum as Eq. 16 is written", ("mean", "sum"))
-    sampling_temperature: float = _option(1.0, "Temperature inside the sampling loss; the MLPs can undo it")
-    sampling_outputs: str = _option(
+    sampling_reduction: str = option("mean", "Over the points: mean, or sum as Eq. 16 is written", ("mean", "sum"))
+    sampling_temperature: float = option(1.0, "Temperature inside the sampling loss; the MLPs can undo it")
+    sampling_outputs: str = option(
         "teacher", "Outputs that train the sampler; both adds the student's, detached", ("teacher", "both")
     )
-    duplicate_iou: float | None = _option(
+    duplicate_iou: float | None = option(
         None, "Queries of one top class with an IoU above this count as one positive set in the sampling loss"
     )
 
     # The points
-    max_points: int | None = _option(None, "Use only the teacher's best-scored queries as points (paper: all)")
-    point_weight: str = _option(
+    max_points: int | None = option(None, "Use only the teacher's best-scored queries as points (paper: all)")
+    point_weight: str = option(
         "uniform", "Weight of each point; score: its best class probability", ("uniform", "score")
     )
-    student_points: bool = _option(False, "The student's queries are points too (extension, not in the paper)")
+    student_points: bool = option(False, "The student's queries are points too (extension, not in the paper)")
 
     # The distillation loss, Eq. 15 and 17
-    temperature: float = _option(4.0, "T of Eq. 15 on the attention scores of both models (paper: 4)")
-    balance_iterations: int = _option(
+    temperature: float = option(4.0, "T of Eq. 15 on the attention scores of both models (paper: 4)")
+    balance_iterations: int = option(
         0, "Sinkhorn iterations that balance the weights over points and queries (extension); 0: softmax (paper)"
     )
-    value: str = _option("probs", "Class part of what is sampled", ("probs", "logits"))
-    box_space: str = _option("cxcywh", "Box part of what is sampled", ("cxcywh", "xyxy", "logit"))
-    divergence: str = _option(
+    value: str = option("probs", "Class part of what is sampled", ("probs", "logits"))
+    box_space: str = option("cxcywh", "Box part of what is sampled", ("cxcywh", "xyxy", "logit"))
+    divergence: str = option(
         "auto",
         "KL per class on its own, as sigmoid heads mean it, or over all classes; auto: as the student's head",
         ("auto", "bernoulli", "softmax"),
     )
-    direction: str = _option(
+    direction: str = option(
         "teacher_student", "KL(teacher || student) or the reverse", ("teacher_student", "student_teacher")
     )
-    box_weight: float = _option(5.0, "lambda_bbox of Eq. 17: L1, summed over coordinates, mean over points")
-    class_weight: float = _option(2.0, "lambda_cls of Eq. 17: KL, summed over classes, mean over points")
-    giou_weight: float = _option(0.0, "Weight of 1 - GIoU of the boxes (paper: none)")
+    box_weight: float = option(5.0, "lambda_bbox of Eq. 17: L1, summed over coordinates, mean over points")
+    class_weight: float = option(2.0, "lambda_cls of Eq. 17: KL, summed over classes, mean over points")
+    giou_weight: float = option(0.0, "Weight of 1 - GIoU of the boxes (paper: none)")
     # With gradient, the sampler could lower the loss by flattening the weights: uniform ones make all samples equal.
-    sampler_gradient: bool = _option(False, "Let the distillation loss train the sampler too")
-    weight_gradient: bool = _option(
+    sampler_gradient: bool = option(False, "Let the distillation loss train the sampler too")
+    weight_gradient: bool = option(
         True, "Let gradient reach the student through its keys, not through its values alone"
     )
-    ramp_start: int = _option(0, "Optimizer step at which the distillation loss sets in")
-    ramp_steps: int = _option(1000, "Steps over which its weight grows to 1: a fresh sampler averages over everything")
+    ramp_start: int = option(0, "Optimizer step at which the distillation loss sets in")
+    ramp_steps: int = option(1000, "Steps over which its weight grows to 1: a fresh sampler averages over everything")
 
     def __post_init__(self) -> None:
-        for name, spec in self.__dataclass_fields__.items():
-            choices, value = spec.metadata.get("choices"), getattr(self, name)
-            if choices and value not in choices:
-                raise UserError(f"method.{name}: {value!r} is not a choice: {nearest(str(value), choices)}")
-        for name in ("layers", "hidden_dim", "key_dim", "mlp_layers", "heads", "temperature", "sampling_temperature"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"method.{name} must be above 0, not {getattr(self, name)}")
+        super().__post_init__()
+        self.require_positive("hidden_dim", "key_dim", "mlp_layers", "heads", "temperature", "sampling_temperature")
         if self.objective == "pair":
             for name in _SAMPLE_ONLY:
                 if getattr(self, name) != self.__dataclass_fields__[name].default:
@@ -203,7 +193,7 @@ class ASD(DistillationMethod):
     def settled_at(self) -> int:
         return self.config.ramp_start + self.config.ramp_steps
 
-    def forward(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
+    def compare(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
         config = self.config
         with torch.autocast(student.logits.device.type, enabled=False):
             s_logits, s_boxes = self._last_layers(student)
@@ -286,11 +276,11 @@ class ASD(DistillationMethod):
         score, diagonal = self._score(t_logits), own_weights.diagonal(dim1=1, dim2=2)
         statistics = {
             # How surely a prediction finds itself (1: a Dirac sample, Eq. 12), by what the teacher calls an object.
-            "w_ii": diagonal.mean(),
-            "w_ii_foreground": (score * diagonal).sum() / score.sum().clamp(min=EPSILON),
-            "w_ii_background": ((1 - score) * diagonal).sum() / (1 - score).sum().clamp(min=EPSILON),
+            "asd/w_ii": diagonal.mean(),
+            "asd/w_ii_foreground": (score * diagonal).sum() / score.sum().clamp(min=EPSILON),
+            "asd/w_ii_background": ((1 - score) * diagonal).sum() / (1 - score).sum().clamp(min=EPSILON),
             # exp(entropy): over how many student queries a teacher point spreads.
-            "queries_per_point": torch.special.entr(attention.detach()).sum(-1).exp().mean(),
+            "asd/queries_per_point": torch.special.entr(attention.detach()).sum(-1).exp().mean(),
         }
         return losses, statistics
 

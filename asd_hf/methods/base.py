@@ -1,24 +1,54 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from ..detectors.base import DetectorOutput, DetectorSpec
 from ..errors import UserError
+from ..registry import nearest
+
+
+def option(default, text: str, choices: tuple[str, ...] | None = None):
+    """A knob with its default, what it means, and its choices."""
+    return field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclass
 class MethodConfig:
     """The knobs of one method; each method's own dataclass derives from it."""
 
+    weight: float = option(1.0, "Factor on all losses of this method; 0 trains as if it were not there")
+
+    def __post_init__(self) -> None:
+        for name, spec in self.__dataclass_fields__.items():
+            choices, value = spec.metadata.get("choices"), getattr(self, name)
+            if choices and value not in choices:
+                raise UserError(f"method.{name}: {value!r} is not a choice: {nearest(str(value), choices)}")
+            if name.endswith("weight") and isinstance(value, float | int) and not 0 <= value < math.inf:
+                raise UserError(f"method.{name} must be 0 or above, not {value}")
+            if name == "layers" and value is not None:
+                self.require_positive(name)
+
+    def require_positive(self, *names: str) -> None:
+        """Raises a `UserError` for the first of these knobs that is not above 0."""
+        for name in names:
+            if not getattr(self, name) > 0:
+                raise UserError(f"method.{name} must be above 0, not {getattr(self, name)}")
+
 
 class DistillationMethod(nn.Module):
     """One paper: how a student imitates a teacher. Its parameters are trained with the student and thrown away after.
 
+    A method gives `compare`, and in `__init__` the modules that it trains.
+
     Class attributes:
         config_class: dataclass of the knobs.
-        requires: capabilities that both detectors must have (see `DetectorSpec`).
+        requires: capabilities that both detectors must have (see `DetectorSpec`); a property where it depends on
+            `config`. A method that requires nothing reaches the student through the predictions of its own queries
+            alone.
         paper: title, id and BibTeX of the source, for the model card.
     """
 
@@ -30,7 +60,7 @@ class DistillationMethod(nn.Module):
         super().__init__()
         self.config = config
         self.class_names = student.class_names
-        self.step = 0  # optimizer steps done so far, set by the trainer; schedules read it
+        self.step = 0  # optimizer steps done so far, set by the trainer; schedules and random draws read it
         self.statistics: dict[str, Tensor] = {}  # detached scalars of the last call: logged, never optimised
         for role, spec in (("student", student), ("teacher", teacher)):
             if missing := self.requires - spec.capabilities:
@@ -45,10 +75,41 @@ class DistillationMethod(nn.Module):
         return 0
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
-        """Named scalar losses, already weighted. Their sum is added to the detection loss; each is logged by its name.
+        """Named, weighted scalar losses. Their sum is added to the detection loss; each is logged by its name.
 
-        Both outputs have the classes of the `student` spec, in its order and in its form of logits, see
-        `asd_hf.classes.SharedClasses`; an object of another class has the class label -1. No gradient may reach
-        `teacher`.
+        Args:
+            student, teacher: outputs of the same images. Both have the classes of the `student` spec, in its order
+                and in its form of logits, see `asd_hf.classes.SharedClasses`.
+            labels: a dictionary an image with `class_labels` (G,) and `boxes` (G, 4) of its objects of those classes,
+                and `image_id`; images without labels have no objects and a false `labelled`.
+        """
+        return {name: self.config.weight * loss for name, loss in self.compare(student, teacher, labels).items()}
+
+    def compare(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
+        """The losses of `forward`, before `config.weight`: `<method>_<term>`, each with the weight of its term.
+
+        No gradient may reach `teacher`. Losses are means over images, so that several ranks train as one; what is
+        divided by a number that differs between ranks is divided by the mean of all (`detectors.base.sum_over_ranks`).
         """
         raise NotImplementedError
+
+
+def align_layers(student: DetectorOutput, teacher: DetectorOutput, count: int | None) -> list[tuple[int, int]]:
+    """(student layer, teacher layer) of the student's last `count` decoder layers, or of all of them.
+
+    Layers are counted from the end; where the teacher has fewer, the student's earlier ones imitate its last.
+    """
+    ours, theirs = len(student.logits), len(teacher.logits)
+    count = ours if count is None else count
+    return [(ours - back, theirs - back if back <= theirs else theirs - 1) for back in range(count, 0, -1)]
+
+
+def full(x: Tensor) -> Tensor:
+    """In fp32, or wider if it was."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def check_layers(count: int | None, student: DetectorSpec, key: str = "layers") -> None:
+    """Raises a `UserError` if the student has not `count` decoder layers."""
+    if count is not None and not 1 <= count <= student.num_layers:
+        raise UserError(f"method.{key} is {count}, but the student has {student.num_layers} decoder layers")

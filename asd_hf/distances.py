@@ -1,0 +1,59 @@
+"""How far single predictions of the student are from single ones of the teacher: element by element, or all pairs."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ops import cxcywh_to_xyxy, generalized_iou
+
+
+def class_divergence(student: Tensor, teacher: Tensor, softmax: bool) -> Tensor:
+    """KL(teacher || student) of class logits (..., C), summed over classes: (...).
+
+    Of sigmoid heads it is the binary cross entropy with the teacher's probabilities as soft labels, less their own
+    entropy: the same gradient, and 0 where the two agree.
+
+    Args:
+        softmax: the logits are of one distribution, with the last column "no object"; otherwise of C classes apart.
+    """
+    if softmax:
+        target = teacher.log_softmax(-1)
+        return (target.exp() * (target - student.log_softmax(-1))).sum(-1)
+    return (F.binary_cross_entropy_with_logits(student, teacher.sigmoid(), reduction="none") - _entropy(teacher)).sum(
+        -1
+    )
+
+
+def box_distances(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """L1, summed over the coordinates, and 1 - GIoU of cxcywh boxes (..., 4): two of (...)."""
+    giou = generalized_iou(cxcywh_to_xyxy(student), cxcywh_to_xyxy(teacher))
+    return (student - teacher).abs().sum(-1), 1 - giou
+
+
+def pair_costs(
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor],
+    softmax: bool,
+    class_cost: float,
+    bbox_cost: float,
+    giou_cost: float,
+) -> Tensor:
+    """Weighted distance (..., S, T) of every student prediction from every teacher prediction, for matching.
+
+    Args:
+        student, teacher: logits (..., S, C) and boxes (..., S, 4); logits (..., T, C) and boxes (..., T, 4).
+    """
+    (s_logits, s_boxes), (t_logits, t_boxes) = student, teacher
+    # As `class_divergence` less a term of the teacher alone, which weighs on all students alike; no (S, T, C) arises.
+    if softmax:
+        classes = -s_logits.log_softmax(-1) @ t_logits.softmax(-1).transpose(-1, -2)
+    else:
+        classes = F.softplus(s_logits).sum(-1, keepdim=True) - s_logits @ t_logits.sigmoid().transpose(-1, -2)
+    l1, giou = box_distances(s_boxes[..., :, None, :], t_boxes[..., None, :, :])
+    return class_cost * classes + bbox_cost * l1 + giou_cost * giou
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """Of Bernoulli distributions, each."""
+    return F.softplus(logits) - logits * logits.sigmoid()

@@ -1,0 +1,54 @@
+"""Several methods on one student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ..detectors.base import DetectorOutput
+from ..errors import UserError
+from .base import DistillationMethod
+
+
+class CombinedMethod(nn.Module):
+    """Methods that share one teacher, each with its own weight. To the trainer it is one `DistillationMethod`.
+
+    Args:
+        methods: the methods by name.
+
+    Raises:
+        UserError: two methods were made for different classes.
+    """
+
+    def __init__(self, methods: Mapping[str, DistillationMethod]) -> None:
+        super().__init__()
+        self.names = tuple(methods)
+        self.methods = nn.ModuleList(methods.values())
+        self.class_names = self.methods[0].class_names
+        if any(method.class_names != self.class_names for method in self.methods):
+            raise UserError(f"{', '.join(self.names)} were made for different classes and cannot be combined")
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return frozenset().union(*(method.requires for method in self.methods))
+
+    @property
+    def settled_at(self) -> int:
+        return max(method.settled_at for method in self.methods)
+
+    @property
+    def step(self) -> int:
+        return self.methods[0].step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        for method in self.methods:
+            method.step = step
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        return {name: value for method in self.methods for name, value in method.statistics.items()}
+
+    def forward(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
+        return {name: loss for method in self.methods for name, loss in method(student, teacher, labels).items()}
