@@ -134,12 +134,17 @@ class DetectionCriterion:
         slots = np.minimum(np.arange(counts.max()) + starts[:, None], ends[-1] - 1)
         slots = torch.from_numpy(slots).to(device, non_blocking=True)
         costs = [
-            self._cost(logits, boxes, classes[slots], targets[slots]) for logits, boxes, classes, targets in stages
+            self.cost(logits, boxes, classes[slots], targets[slots]) for logits, boxes, classes, targets in stages
         ]
         return match_targets(costs, counts)
 
-    def _cost(self, logits: Tensor, boxes: Tensor, classes: Tensor, targets: Tensor) -> Tensor:
-        """(L, B, Q, T) cost of each of Q predictions for each of T targets of the same image."""
+    def cost(self, logits: Tensor, boxes: Tensor, classes: Tensor, targets: Tensor) -> Tensor:
+        """(L, B, Q, T) cost of each of Q predictions for each of T targets of the same image.
+
+        Args:
+            logits, boxes: (L, B, Q, C) and (L, B, Q, 4).
+            classes, targets: (B, T) and (B, T, 4).
+        """
         index = classes[None, :, None].expand(*logits.shape[:3], -1)
         if self.activation == "sigmoid":
             p = logits.gather(-1, index).sigmoid()
