@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,9 +21,8 @@ def class_divergence(student: Tensor, teacher: Tensor, softmax: bool) -> Tensor:
     if softmax:
         target = teacher.log_softmax(-1)
         return (target.exp() * (target - student.log_softmax(-1))).sum(-1)
-    return (F.binary_cross_entropy_with_logits(student, teacher.sigmoid(), reduction="none") - _entropy(teacher)).sum(
-        -1
-    )
+    cross = F.binary_cross_entropy_with_logits(student, teacher.sigmoid(), reduction="none")
+    return (cross - _entropy(teacher)).sum(-1)
 
 
 def box_distances(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,6 +31,7 @@ def box_distances(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return (student - teacher).abs().sum(-1), 1 - giou
 
 
+@torch.no_grad()
 def pair_costs(
     student: tuple[Tensor, Tensor],
     teacher: tuple[Tensor, Tensor],
@@ -39,19 +40,35 @@ def pair_costs(
     bbox_cost: float,
     giou_cost: float,
 ) -> Tensor:
-    """Weighted distance (..., S, T) of every student prediction from every teacher prediction, for matching.
+    """Weighted distance (..., S, T) of every student prediction from every teacher prediction, to match them by.
+
+    The class part is the cross entropy: `class_divergence` and a number of the teacher prediction alone.
 
     Args:
         student, teacher: logits (..., S, C) and boxes (..., S, 4); logits (..., T, C) and boxes (..., T, 4).
     """
     (s_logits, s_boxes), (t_logits, t_boxes) = student, teacher
-    # As `class_divergence` less a term of the teacher alone, which weighs on all students alike; no (S, T, C) arises.
+    # As products of matrices, so that no (S, T, C) arises.
     if softmax:
         classes = -s_logits.log_softmax(-1) @ t_logits.softmax(-1).transpose(-1, -2)
     else:
         classes = F.softplus(s_logits).sum(-1, keepdim=True) - s_logits @ t_logits.sigmoid().transpose(-1, -2)
     l1, giou = box_distances(s_boxes[..., :, None, :], t_boxes[..., None, :, :])
     return class_cost * classes + bbox_cost * l1 + giou_cost * giou
+
+
+def box_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of cxcywh boxes, element by element and broadcast; of two boxes without area it is 0."""
+    (a_low, a_high), (b_low, b_high) = (cxcywh_to_xyxy(x).split(2, -1) for x in (a, b))
+    both = (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0).prod(-1)
+    union = a[..., 2:].prod(-1) + b[..., 2:].prod(-1) - both
+    return both / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
+def clip_to_image(boxes: Tensor) -> Tensor:
+    """The part of cxcywh boxes (..., 4) that lies in the image, [0, 1]; without area where there is none."""
+    low, high = cxcywh_to_xyxy(boxes).clamp(0, 1).split(2, -1)
+    return torch.cat([(low + high) / 2, high - low], -1)
 
 
 def _entropy(logits: Tensor) -> Tensor:

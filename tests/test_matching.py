@@ -1,0 +1,86 @@
+"""Matching against a search through all assignments."""
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+
+from asd_hf.matching import match_sets, match_targets
+
+
+def costs(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def cheapest(cost):
+    """Pairs (row, column) of the cheapest of all assignments of the smaller side."""
+    rows, columns = cost.shape
+    if rows > columns:
+        return {(i, j) for j, i in cheapest(cost.T)}
+    best = min(permutations(range(columns), rows), key=lambda p: sum(cost[i, j].item() for i, j in enumerate(p)))
+    return set(enumerate(best))
+
+
+@pytest.mark.parametrize(("students", "teachers"), [(4, 4), (3, 5), (5, 3), (1, 4)])
+def test_sets_are_matched_as_by_trying_all(students, teachers):
+    cost = costs(2, 3, students, teachers)
+    rows, columns = match_sets(cost)
+    assert rows.shape == columns.shape == (2, 3, min(students, teachers))
+    for layer in range(2):
+        for image in range(3):
+            pairs = zip(rows[layer, image].tolist(), columns[layer, image].tolist(), strict=True)
+            assert set(pairs) == cheapest(cost[layer, image])
+            assert rows[layer, image].diff().gt(0).all()
+
+
+def test_a_single_matrix_needs_no_leading_dimensions():
+    cost = costs(3, 4)
+    assert set(zip(*(x.tolist() for x in match_sets(cost)), strict=True)) == cheapest(cost)
+
+
+def test_targets_are_matched_as_by_trying_all():
+    """Two sets of predictions, of 2 and of 1 layers; images with 2, 0, 5 and 1 targets, padded to 5, of 4 queries."""
+    counts = np.array([2, 0, 5, 1])
+    given = [costs(2, 4, 4, 5), costs(1, 4, 6, 5, seed=1)]
+    for cost, (query, target) in zip(given, match_targets(given, counts), strict=True):
+        layers, images, queries, _ = cost.shape
+        want = set()
+        for layer in range(layers):
+            for image in range(images):
+                for i, j in cheapest(cost[layer, image, :, : counts[image]]) if counts[image] else ():
+                    want.add(((layer * images + image) * queries + i, counts[:image].sum() + j))
+        pairs = list(zip(query.tolist(), target.tolist(), strict=True))
+        assert len(pairs) == len(want) and set(pairs) == want
+
+
+def test_padding_is_never_matched():
+    cost = costs(1, 2, 4, 3)
+    cost[0, 0, :, 1:] = -1000.0
+    ((_, target),) = match_targets([cost], np.array([1, 3]))
+    assert sorted(target.tolist()) == [0, 1, 2, 3]
+
+
+def test_batches_without_targets_have_no_pairs():
+    for query, target in match_targets([costs(2, 3, 4, 1), costs(1, 3, 4, 1)], np.zeros(3, dtype=int)):
+        assert query.shape == target.shape == (0,) and query.dtype == target.dtype == torch.int64
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_predictions_that_are_not_finite_are_matched_last_and_leave_the_others_as_they_were(value, dtype):
+    for seed in range(50):
+        cost = costs(5, 4, seed=seed).to(dtype)
+        cost[2] = value
+        kept = [0, 1, 3, 4]
+        want = {(kept[i], j) for i, j in cheapest(cost[kept])}
+        assert set(zip(*(x.tolist() for x in match_sets(cost)), strict=True)) == want
+        square = cost[:4]  # the bad one must take some column: the one that the others can best do without
+        rows, columns = match_sets(square)
+        total = square[rows, columns][rows != 2].sum().item()
+        best = min(
+            sum(rest[i, j].item() for i, j in cheapest(rest))
+            for column in range(4)
+            for rest in [square[[0, 1, 3]][:, [j for j in range(4) if j != column]]]
+        )
+        assert total == pytest.approx(best, rel=1e-6)
