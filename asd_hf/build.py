@@ -17,10 +17,10 @@ from .data import (
     resize_spec,
     teacher_view,
 )
-from .detectors.base import DetectorAdapter
+from .detectors.base import DetectorAdapter, DetectorSpec
 from .errors import UserError
-from .methods import DistillationMethod
-from .student import build_student, load_teacher, prompt_teacher
+from .methods import CombinedMethod, DistillationMethod, get_method
+from .student import SELF_TAUGHT, build_student, load_teacher, prompt_teacher
 from .trainer import DistillationTrainer
 
 
@@ -72,13 +72,19 @@ class Parts:
         ids = zip(self.train_source.category_ids, rows, strict=True)
         return [own if row is None else self.eval_source.category_ids[row] for own, row in ids]
 
+    @property
+    def self_taught(self) -> bool:
+        """The teacher is the student's own moving average, which the trainer makes."""
+        return self.run.model.teacher == SELF_TAUGHT
+
     @_part
     def teacher(self) -> DetectorAdapter | None:
+        """The pretrained teacher, if there is one."""
         data, model = self.run.data, self.run.model
-        if model.teacher is None:
+        if model.teacher is None or self.self_taught:
             for key, value in (
-                ("data.unlabelled", data.unlabelled),
-                ("data.teacher_size", data.teacher_size),
+                ("data.unlabelled", None if self.self_taught else data.unlabelled),
+                ("data.teacher_size", None if self.self_taught else data.teacher_size),
                 ("model.class_map", model.class_map),
             ):
                 if value:
@@ -99,21 +105,31 @@ class Parts:
         """Of the student's images at inference, as image processors have it."""
         return resize_spec(self.run.data)
 
-    @_part
-    def classes(self) -> SharedClasses | None:
-        if self.teacher is None:
-            return None
-        return SharedClasses(self.student.spec, self.teacher.spec, self.run.model.class_map)
+    @property
+    def teacher_spec(self) -> DetectorSpec | None:
+        """Of whatever teaches."""
+        if self.self_taught:
+            return self.student.spec
+        return None if self.teacher is None else self.teacher.spec
 
     @_part
-    def method(self) -> DistillationMethod | None:
-        if self.run.method_class is None:
-            if self.teacher is not None:
+    def classes(self) -> SharedClasses | None:
+        if self.teacher_spec is None:
+            return None
+        return SharedClasses(self.student.spec, self.teacher_spec, self.run.model.class_map)
+
+    @_part
+    def method(self) -> DistillationMethod | CombinedMethod | None:
+        run = self.run
+        if not run.methods:
+            if self.teacher_spec is not None:
                 raise UserError("model.teacher teaches by a method: set method.name, or model.teacher=null")
             return None
-        if self.teacher is None:
-            raise UserError(f"method.name is {self.run.method_name!r}, which needs a teacher: set model.teacher")
-        return self.run.method_class(self.run.method, *self.classes.specs(self.student.spec, self.teacher.spec))
+        if self.teacher_spec is None:
+            raise UserError(f"method.name is {run.method_name!r}, which needs a teacher: set model.teacher")
+        specs = self.classes.specs(self.student.spec, self.teacher_spec)
+        methods = {name: get_method(name)(config, *specs) for name, config in run.methods.items()}
+        return next(iter(methods.values())) if len(methods) == 1 else CombinedMethod(methods)
 
     def training_stream(self) -> DetectionStream:
         """This rank's share of the training data, both views of it where the teacher has its own."""
@@ -152,7 +168,7 @@ class Parts:
         """The trainer of all parts."""
         return DistillationTrainer(
             self.student,
-            self.teacher,
+            SELF_TAUGHT if self.self_taught else self.teacher,
             self.method,
             self.run.training,
             train_dataset=self.training_stream(),

@@ -1,7 +1,8 @@
 """The configuration of a run: one YAML section is one dataclass, `section.key=value` replaces a value of the file.
 
 Sections: `model` (asd_hf.student.ModelConfig), `data` (asd_hf.data.DataConfig), `method` (`name`, then the config
-class of that method) and `training` (TrainingConfig, which is transformers.TrainingArguments and a few fields).
+class of that method; or a list of names or such mappings) and `training` (TrainingConfig, which is
+transformers.TrainingArguments and a few fields).
 """
 
 from __future__ import annotations
@@ -18,16 +19,11 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from .data import DataConfig
 from .errors import UserError
-from .methods import METHODS, DistillationMethod, MethodConfig, get_method
+from .methods import METHODS, MethodConfig, get_method
 from .registry import nearest
 from .student import ModelConfig
 
 NO_METHOD = "none"  # plain training, without a teacher
-
-
-@dataclass
-class NoMethodConfig(MethodConfig):
-    """`method.name: none` trains on the labels alone."""
 
 
 def _own(default, text):
@@ -97,14 +93,14 @@ class RunConfig:
 
     model: ModelConfig
     data: DataConfig
-    method: MethodConfig
+    methods: dict[str, MethodConfig]  # by name; without any the run trains on the labels alone
     training: TrainingConfig
     training_given: dict[str, Any]  # what the file and the command line set of it
-    method_name: str
 
     @property
-    def method_class(self) -> type[DistillationMethod] | None:
-        return None if self.method_name == NO_METHOD else get_method(self.method_name)
+    def method_name(self) -> str:
+        """Of all methods: `asd`, `asd+fgd`, or `none`."""
+        return "+".join(self.methods) or NO_METHOD
 
     def to_yaml(self) -> str:
         """A file that runs this again: all of `model`, `data` and `method`; of `training` what was given.
@@ -113,10 +109,11 @@ class RunConfig:
         those that make the same run elsewhere. Where to resume concerns one start only and is left out.
         """
         training = {key: value for key, value in self.training_given.items() if key != "resume_from_checkpoint"}
+        methods = [{"name": name} | _plain(asdict(config)) for name, config in self.methods.items()]
         sections = {
             "model": _plain(asdict(self.model)),
             "data": _plain(asdict(self.data)),
-            "method": {"name": self.method_name} | _plain(asdict(self.method)),
+            "method": methods[0] if len(methods) == 1 else methods or {"name": NO_METHOD},
             "training": _plain(training),
         }
         return yaml.safe_dump(sections, sort_keys=False, width=110)
@@ -135,7 +132,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict) or not all(isinstance(v, dict) for v in raw.values()):
+    if not isinstance(raw, dict) or not all(isinstance(v, dict) for k, v in raw.items() if k != "method"):
         raise UserError(f"{path} must hold sections ({', '.join(_SECTIONS)}), each with its keys")
     for item in overrides or []:
         _override(raw, item)
@@ -147,17 +144,12 @@ def build_config(raw: dict[str, dict], where: str = "configuration") -> RunConfi
     for section in raw:
         if section not in _SECTIONS:
             raise UserError(f"{where}: unknown section {section!r}: {nearest(section, _SECTIONS)}")
-    method = dict(raw.get("method", {}))
-    method_name = method.pop("name", NO_METHOD)
-    if not isinstance(method_name, str):
-        raise UserError(f"{where}: method.name must be a name, not {method_name!r}")
     return RunConfig(
         model=_fill(ModelConfig, raw.get("model", {}), f"{where}: model"),
         data=_fill(DataConfig, raw.get("data", {}), f"{where}: data"),
-        method=_fill(_method_config(method_name), method, f"{where}: method"),
+        methods=_fill_methods(raw.get("method", {}), where),
         training=_fill(TrainingConfig, raw.get("training", {}), f"{where}: training"),
         training_given=_typed(TrainingConfig, raw.get("training", {}), f"{where}: training"),
-        method_name=method_name,
     )
 
 
@@ -173,10 +165,11 @@ def parse_overrides(cls: type, values: dict, section: str, overrides: list[str])
 
 def describe_config() -> str:
     """Every key with its default and meaning, for `--help`."""
-    methods = {f"method (name: {n})": _method_config(n) for n in (NO_METHOD, *METHODS)}
+    methods = {f"method (name: {name})": get_method(name).config_class for name in METHODS}
     names = " | ".join((NO_METHOD, *METHODS))
     lines = [
-        f"method.name (default: {NO_METHOD})\n      What the student imitates: {names}, or module:Class of your own"
+        f"method.name (default: {NO_METHOD})\n      How the student imitates: {names}, or module:Class of your own; "
+        "several as a list, `method: [asd, fgd]`, then method.<name>.<key>"
     ]
     for title, cls in {"model": ModelConfig, "data": DataConfig, **methods, "training": TrainingConfig}.items():
         lines.append(f"{title}:")
@@ -187,29 +180,53 @@ def describe_config() -> str:
 _SECTIONS = ("model", "data", "method", "training")
 
 
-def _method_config(name: str) -> type[MethodConfig]:
-    if name == NO_METHOD:
-        return NoMethodConfig
-    if name not in METHODS and ":" not in name:
-        names = (NO_METHOD, *METHODS)
-        raise UserError(f"unknown method {name!r}: {nearest(name, names)} (or give 'module:Class')")
-    return get_method(name).config_class
+def _fill_methods(section: Any, where: str) -> dict[str, MethodConfig]:
+    """The `method` section: a method, or a list of them, each as its name or as a mapping of `name` and its keys."""
+    methods = {}
+    for entry in section if isinstance(section, list) else [section]:
+        values = dict(entry) if isinstance(entry, dict) else {"name": entry}
+        name = values.pop("name", NO_METHOD)
+        if not isinstance(name, str):
+            raise UserError(f"{where}: method.name must be a name, not {name!r}")
+        here = f"{where}: method" + (f".{name}" if isinstance(section, list) else "")
+        if name != NO_METHOD:
+            if name in methods:
+                raise UserError(f"{where}: method {name!r} stands twice in the list")
+            if name not in METHODS and ":" not in name:
+                names = (NO_METHOD, *METHODS)
+                raise UserError(f"{here}: unknown method {name!r}: {nearest(name, names)} (or give 'module:Class')")
+            methods[name] = _fill(get_method(name).config_class, values, here)
+        elif values:
+            raise UserError(f"{here}.{next(iter(values))} has no meaning without a method: set method.name")
+    return methods
 
 
 def _override(raw: dict, item: str) -> None:
     name, equals, text = item.partition("=")
     *parents, key = name.split(".")
-    if not equals or not parents:
+    if not equals or not (parents or key == "method"):
         raise UserError(f"{item!r} is not of the form section.key=value")
     target = raw
     for parent in parents:
-        target = target.setdefault(parent, {})
-        if not isinstance(target, dict):
+        target = _listed(target, parent, item) if isinstance(target, list) else target.setdefault(parent, {})
+        if not isinstance(target, dict | list):
             raise UserError(f"{item!r}: {parent} is a value, not a group of keys")
+    if isinstance(target, list):
+        raise UserError(f"{item!r}: there are several methods: give method.<name>.{key}")
     try:
         target[key] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{item!r}: the value is not YAML") from error
+
+
+def _listed(methods: list, name: str, item: str) -> dict:
+    """The mapping of one method of a list of them."""
+    for i, entry in enumerate(methods):
+        methods[i] = entry = entry if isinstance(entry, dict) else {"name": entry}
+        if entry.get("name") == name:
+            return entry
+    names = [str(entry.get("name")) for entry in methods]
+    raise UserError(f"{item!r}: there is no method {name!r} in the list: {nearest(name, names)}")
 
 
 def _typed(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from transformers.utils import ModelOutput
 from .classes import SharedClasses
 from .criterion import DetectionCriterion
 from .detectors.base import DetectorAdapter, DetectorOutput
-from .methods.base import DistillationMethod
+from .methods import CombinedMethod, DistillationMethod
+from .phases import phase
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Distiller(nn.Module):
         self,
         adapter: DetectorAdapter,
         criterion: DetectionCriterion | None,
-        method: DistillationMethod | None = None,
+        method: DistillationMethod | CombinedMethod | None = None,
         classes: SharedClasses | None = None,
     ) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class Distiller(nn.Module):
         pixel_mask: Tensor,
         labels: list[dict],
         teacher: DetectorOutput | None = None,
-        measure_gradients: bool = False,
+        measure_gradients: str | None = None,
     ) -> DistillerOutput:
         """Detection loss of the student, and the method's losses when the teacher's predictions are given.
 
@@ -65,26 +66,30 @@ class Distiller(nn.Module):
             labels: one dictionary an image with `class_labels` (T,) and `boxes` (T, 4), cxcywh in [0, 1]; images whose
                 `labelled` is false have none and train from the teacher alone.
             teacher: predictions on the same images, reduced to the shared classes (`SharedClasses.teacher`).
-            measure_gradients: also give the norm of the gradient of each of the method's losses, of all of them
-                ("distillation") and of the detection loss ("detection"): at the student's predictions, at the cost of
-                backward passes through the losses alone; in families with their own loss, which is not computed of
-                these predictions alone, at the feature maps.
+            measure_gradients: "sums" also gives the norms of the gradients of the detection loss ("detection") and of
+                the method's losses together ("distillation"), "terms" that of each of the method's losses as well. The
+                gradients are those at the student's predictions, at the cost of backward passes through the losses
+                alone; at its feature maps, and through the decoder, where the family has its own loss, which is not
+                computed of these predictions alone, or the method looks at more of the student than its predictions.
         """
-        if self.criterion is None:
-            student = self.adapter(pixel_values, pixel_mask, labels)
-            task = student.losses
-        else:
-            student = self.adapter(pixel_values, pixel_mask)
-            task = self.criterion(student, labels)
+        with phase("student"):
+            student = self.adapter(pixel_values, pixel_mask, labels if self.criterion is None else None)
+        with phase("detection loss"):
+            task = student.losses if self.criterion is None else self.criterion(student, labels)
         imitation = {}
         if teacher is not None:
             shared = self.classes
             view, known = (student, labels) if shared is None else (shared.student(student), shared.labels(labels))
-            imitation = self.method(view, teacher, known)
+            # What a method draws, say by dropout in an extra decoder pass, leaves the student's own dropout as it is.
+            devices = [pixel_values.device] if pixel_values.is_cuda else []
+            with phase("method"), torch.random.fork_rng(devices=devices):
+                imitation = self.method(view, teacher, known)
         norms = None
         if measure_gradients and imitation:
-            terms = imitation | {"distillation": sum(imitation.values()), "detection": sum(task.values())}
-            place = student.features if self.criterion is None else [student.logits, student.boxes]
+            terms = {"distillation": sum(imitation.values()), "detection": sum(task.values())}
+            terms = imitation | terms if measure_gradients == "terms" else terms
+            beyond = self.criterion is None or self.method.requires
+            place = student.features if beyond else [student.logits, student.boxes]
             norms = {name: _gradient_norm(loss, place) for name, loss in terms.items()}
         losses = task | imitation
         return DistillerOutput(sum(losses.values()), losses, norms)
@@ -93,5 +98,5 @@ class Distiller(nn.Module):
 def _gradient_norm(loss: Tensor, place: list[Tensor]) -> Tensor:
     if not loss.requires_grad:
         return torch.zeros_like(loss)
-    gradients = torch.autograd.grad(loss, place, retain_graph=True, materialize_grads=True)
+    gradients = torch.autograd.grad(loss, place, retain_graph=True, allow_unused=True, materialize_grads=True)
     return torch.stack([g.float().norm() for g in gradients]).norm()

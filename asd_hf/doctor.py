@@ -66,6 +66,8 @@ def _data(parts: Parts) -> tuple[str, ...]:
 
 
 def _teacher(parts: Parts) -> tuple[str, ...]:
+    if parts.self_taught:
+        return OK, f"the student's own moving average, of decay {parts.run.training.ema_decay}"
     return OK, "none: labels alone" if parts.teacher is None else _describe(parts.teacher)
 
 
@@ -189,7 +191,7 @@ def _head(parts: Parts) -> tuple[str, ...] | None:
 
 
 def _queries(parts: Parts) -> tuple[str, ...] | None:
-    return _counts(parts, "num_queries", "no matching is needed")
+    return _counts(parts, "num_queries", "the numbers may differ, unless the method says otherwise")
 
 
 def _layers(parts: Parts) -> tuple[str, ...] | None:
@@ -208,7 +210,10 @@ def _method(parts: Parts) -> tuple[str, ...] | None:
         return None
     needs = ", ".join(sorted(parts.method.requires)) or "boxes and classes alone"
     own = sum(p.numel() for p in parts.method.parameters())
-    return OK, f"{parts.run.method_name} needs {needs}; {own / 1e6:.2f}M parameters of its own"
+    text = f"{parts.run.method_name} needs {needs}; {own / 1e6:.2f}M parameters of its own"
+    if "attention" in parts.method.requires:
+        return ADAPTED, f"{text}; attention is computed step by step (eager), for fused kernels do not show it"
+    return OK, text
 
 
 def _schedule(parts: Parts) -> tuple[str, ...]:
@@ -357,9 +362,9 @@ class _Clock(TrainerCallback):
 def measure_gradients(parts: Parts, trainer: DistillationTrainer, num_batches: int) -> list[list[str]]:
     """What each term of the method weighs beside the detection loss: a table, header first.
 
-    The columns: the ratio of the norms of the two gradients at the student's predictions (in families with their own
-    loss: at its feature maps), as the weights are at the end of all schedules; the weight in the configuration; and
-    the weight that would make the ratio 1. Batches without any label are left out.
+    The columns: the ratio of the norms of the two gradients where `Distiller.forward` measures them, as the weights
+    are at the end of all schedules; the weight in the configuration; and the weight that would make the ratio 1.
+    Batches without any label are left out.
     """
     norms = []
     for batch in islice(trainer.get_train_dataloader(), num_batches):
@@ -367,7 +372,7 @@ def measure_gradients(parts: Parts, trainer: DistillationTrainer, num_batches: i
         parts.method.step = 10**9
         views = {key: batch[key] for key in ("pixel_values", "pixel_mask", "labels")}
         with trainer.accelerator.autocast():
-            output = trainer.model.train()(**views, teacher=trainer.ask_teacher(batch), measure_gradients=True)
+            output = trainer.model.train()(**views, teacher=trainer.ask_teacher(batch), measure_gradients="terms")
         norms.append({name: norm.item() for name, norm in output.gradient_norms.items()})
     norms = [norm for norm in norms if norm["detection"] > 0]
     rows = [["term", "gradient ratio", "weight", "weight for ratio 1"]]
@@ -375,9 +380,18 @@ def measure_gradients(parts: Parts, trainer: DistillationTrainer, num_batches: i
         if term == "detection":
             continue
         ratio = median(norm[term] / norm["detection"] for norm in norms)
-        knob = f"{term.removeprefix(parts.run.method_name + '_')}_weight"
-        weight = getattr(parts.run.method, knob, None)
-        shown = "-" if weight is None else f"method.{knob}={weight:g}"
+        knob, weight = _knob(parts, term)
+        shown = "-" if weight is None else f"{knob}={weight:g}"
         wanted = "-" if weight is None or not ratio else f"{weight / ratio:.3g}"
         rows.append([term, f"{ratio:.3g}", shown, wanted])
     return rows
+
+
+def _knob(parts: Parts, term: str) -> tuple[str, float | None]:
+    """Key and value of the weight of a loss, if it has one."""
+    methods = parts.run.methods
+    for name, config in methods.items():
+        key = f"{term.removeprefix(name + '_')}_weight"
+        if term.startswith(name + "_") and hasattr(config, key):
+            return ("method." if len(methods) == 1 else f"method.{name}.") + key, getattr(config, key)
+    return "", None

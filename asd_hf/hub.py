@@ -57,7 +57,7 @@ def write_model_card(
     model_id: str,
     student_info: dict,
     teacher_info: dict | None,
-    method_paper: dict[str, str],
+    method_papers: list[dict[str, str]],
     metrics: dict[str, dict[str, float]],
     protocol: dict | None,
     dataset: dict[str, str | None],
@@ -74,7 +74,8 @@ def write_model_card(
             the Hub has no relation for distillation, and a teacher that gave no weights is not what was tuned.
         teacher_info: "id", the teacher's Hub id, folder or name among `student.PACKAGED`. None for training without a
             teacher.
-        method_paper: title, id and bibtex, as `DistillationMethod.paper` has them; may be empty.
+        method_papers: title, id and bibtex of each method, as `DistillationMethod.paper` has them; empty ones are
+            left out.
         metrics: by model name, as for `format_table`; "student" is the model of this card.
         protocol: what `CocoEvaluator.protocol` gave for these numbers. None before the first evaluation.
         dataset: "name", and "id" if the data set is on the Hub; one that `is_hub_id` denies is left out.
@@ -111,8 +112,11 @@ def write_model_card(
     summary = f"`{student_info['architecture']}`, trained on {dataset['name']}"
     if teacher_info:
         summary += f" under {_teacher(teacher_info['id'])}"
-    if method_paper:
-        summary += f" with the method of *{method_paper['title']}* ({method_paper['id']})"
+    papers = [paper for paper in method_papers if paper]
+    if papers:
+        titles = " and of ".join(f"*{paper['title']}* ({paper['id']})" for paper in papers)
+        summary += f" with the method of {titles}"
+    bibtex = "\n\n".join(paper["bibtex"].strip() for paper in papers)
     card = ModelCard(
         CARD.format(
             metadata=metadata.to_yaml(),
@@ -121,7 +125,7 @@ def write_model_card(
             model_id=model_id,
             results=_results(metrics, protocol),
             config=public_config(config_yaml).strip(),
-            citation=f"\n## Citation\n\n```bibtex\n{method_paper['bibtex'].strip()}\n```\n" if method_paper else "",
+            citation=f"\n## Citation\n\n```bibtex\n{bibtex}\n```\n" if papers else "",
         )
     )
     card.save(Path(folder) / "README.md")

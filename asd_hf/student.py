@@ -33,6 +33,7 @@ from .registry import nearest
 logger = logging.getLogger(__name__)
 
 # Teachers that ship with the package, by the name of the data set they know.
+SELF_TAUGHT = "ema"  # as model.teacher: the student's own moving average
 PACKAGED = {"shapes": Path(__file__).parent / "assets" / "shapes_teacher"}
 
 _PROCESSOR = {False: "image processor", True: "processor with a tokenizer"}
@@ -80,7 +81,9 @@ class ModelConfig:
     """The `model` section of a run's configuration."""
 
     teacher: str | None = _option(
-        None, "Hub id or folder of the teacher, or 'shapes' for the packaged one; null: train without one"
+        None,
+        "Hub id or folder of the teacher; 'shapes' for the packaged one; 'ema' for the moving average of the student "
+        "itself (training.ema_decay); null: train without one",
     )
     student: StudentConfig | str = _option(StudentConfig, "Hub id or folder of the student, or how to build one")
     class_map: dict[str, str] = _option(

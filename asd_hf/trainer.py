@@ -27,7 +27,9 @@ from .ema import EMACallback
 from .errors import UserError
 from .evaluation import STATS, evaluate_detector
 from .hub import public_config, write_model_card
-from .methods import DistillationMethod
+from .methods import CombinedMethod, DistillationMethod
+from .phases import phase
+from .student import SELF_TAUGHT
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,8 @@ class DistillationTrainer(Trainer):
 
     Args:
         student: adapter of the model to train. What must not be trained has `requires_grad` off already.
-        teacher: adapter of the teacher, or `None` to train on the labels alone. It is frozen and put into eval mode.
+        teacher: adapter of the teacher, which is frozen and put into eval mode; "ema" for the moving average of the
+            student, see `args.ema_decay`; `None` to train on the labels alone.
         method: what makes the student imitate the teacher; `None` if and only if `teacher` is.
         args: TrainingConfig.
         train_dataset: stream of training samples; its class indices are the student's.
@@ -54,7 +57,8 @@ class DistillationTrainer(Trainer):
 
     Raises:
         UserError: teacher without method or the reverse, no class in common, a method made for other classes than
-            those in common, several GPUs in one process, FSDP or DeepSpeed.
+            those in common, a moving average that teaches and is not kept, several GPUs in one process, FSDP or
+            DeepSpeed.
     """
 
     loss_is_scaled_for_ga = False  # losses are means over a micro-batch: Trainer divides by the accumulation steps
@@ -62,8 +66,8 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         student: DetectorAdapter,
-        teacher: DetectorAdapter | None,
-        method: DistillationMethod | None,
+        teacher: DetectorAdapter | str | None,
+        method: DistillationMethod | CombinedMethod | None,
         args: TrainingConfig,
         train_dataset: DetectionStream | None = None,
         eval_dataset: DetectionStream | None = None,
@@ -79,13 +83,15 @@ class DistillationTrainer(Trainer):
             raise UserError(
                 "several GPUs in one process cannot share detection labels: start with `accelerate launch`"
             )
-        self.adapter, self.teacher, self.method = student, teacher, method
+        if teacher == SELF_TAUGHT and not args.ema_decay:
+            raise UserError("model.teacher is the student's moving average: set training.ema_decay, say to 0.9998")
+        self.adapter, self.method = student, method
         self.category_ids, self.run_config, self.card = category_ids, run_config, card
         criterion = make_criterion(student, args)
         classes = None
         if teacher is not None:
-            classes = SharedClasses(student.spec, teacher.spec, class_map).to(args.device)
-            teacher.model.requires_grad_(False).eval().to(args.device)
+            teacher_spec = student.spec if teacher == SELF_TAUGHT else teacher.spec
+            classes = SharedClasses(student.spec, teacher_spec, class_map).to(args.device)
             if method.class_names != classes.names:
                 raise UserError(
                     f"the method was made for {len(method.class_names)} classes, but teacher and student share "
@@ -106,6 +112,14 @@ class DistillationTrainer(Trainer):
         if args.ema_decay:
             self.ema = EMACallback(student.model, args.ema_decay)
             self.add_callback(self.ema)
+        self.teacher: DetectorAdapter | None = teacher
+        if teacher == SELF_TAUGHT:
+            self.teacher = get_adapter(self.ema.model, student.processor)
+        if self.teacher is not None:
+            self.teacher.model.requires_grad_(False).eval().to(args.device)
+            if "attention" in method.requires:
+                for adapter in (student, self.teacher):
+                    adapter.watch_attention()
         if args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         self._scalars: dict[str, list[Tensor]] = defaultdict(list)
@@ -145,9 +159,10 @@ class DistillationTrainer(Trainer):
     # -- the step ---------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        measure = self.method is not None and (self.state.global_step + 1) % max(int(self.state.logging_steps), 1) == 0
+        measure = None
         if self.method is not None:
-            self.method.step = self.state.global_step
+            self.method.step = step = self.state.global_step
+            measure = "sums" if (step + 1) % max(int(self.state.logging_steps), 1) == 0 else None
         outputs = model(
             **{key: inputs[key] for key in ("pixel_values", "pixel_mask", "labels")},
             teacher=self.ask_teacher(inputs),
@@ -174,7 +189,7 @@ class DistillationTrainer(Trainer):
         if self.teacher is None:
             return None
         view = "teacher_" if "teacher_pixel_values" in inputs else ""
-        with self.accelerator.autocast():
+        with phase("teacher"), self.accelerator.autocast():
             output = self.teacher(inputs[view + "pixel_values"], inputs[view + "pixel_mask"])
         return self.classes.teacher(output)
 

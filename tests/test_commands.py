@@ -160,7 +160,7 @@ def test_evaluate_gives_the_numbers_of_the_training_run(trained, world, tmp_path
         (["data.source=/nowhere/at/all"], "/nowhere/at/all"),
         (["data.train_split=trian"], "trian"),
         (["model.teacher=/nowhere/teacher"], "folder /nowhere/teacher does not exist"),
-        (["method.name=none"], "method.hidden_dim is unknown: there are none here"),
+        (["method.name=none"], "method.hidden_dim has no meaning without a method"),
         (["model.teacher=null", "model.student.base=deformable_detr"], "needs a teacher: set model.teacher"),
     ],
 )

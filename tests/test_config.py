@@ -6,7 +6,7 @@ import yaml
 
 from asd_hf.config import TrainingConfig, build_config, describe_config, load_config
 from asd_hf.errors import UserError
-from asd_hf.methods.asd import ASD, ASDConfig
+from asd_hf.methods.asd import ASDConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
 CONFIGS = [path for path in CONFIGS if path.parent.name != "accelerate"]
@@ -21,7 +21,7 @@ def write(tmp_path, text):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_shipped_configuration_is_valid_and_its_name_tells_its_method(path):
     run = load_config(path, ["training.use_cpu=true", "training.bf16=false"])
-    assert path.parent.name in ("configs", "shapes") or path.stem.startswith(run.method_name)
+    assert path.parent.name in ("configs", "shapes") or path.stem.startswith(run.method_name.replace("+", "_"))
     assert run.training.output_dir.startswith("outputs/")
 
 
@@ -40,8 +40,9 @@ def test_values_keep_their_type(tmp_path):
     assert run.training.report_to == ["tensorboard"]
     assert run.training.save_strategy == "no"  # which YAML reads as false
     assert yaml.safe_load(run.to_yaml())["training"]["save_strategy"] == "no"
-    assert isinstance(run.method, ASDConfig) and run.method_class is ASD
-    assert run.method.temperature == 2.0 and isinstance(run.method.temperature, float)
+    method = run.methods["asd"]
+    assert run.method_name == "asd" and isinstance(method, ASDConfig)
+    assert method.temperature == 2.0 and isinstance(method.temperature, float)
     assert run.model.student.backbone == "resnet18" and run.model.student.decoder_layers == 3
     assert run.model.student.config == {"dropout": 0.0}
     assert run.data.source == "data/coco"
@@ -93,6 +94,14 @@ def test_a_student_can_be_named_or_described(tmp_path):
         ("model: {}", ["training.max_steps"], "is not of the form section.key=value"),
         ("model: {}", ["max_steps=3"], "is not of the form section.key=value"),
         ("model: {teacher: x}", ["model.teacher.name=3"], "teacher is a value, not a group of keys"),
+        ("method: [asd, asd]", [], "method 'asd' stands twice"),
+        ("method: [asd, fgdd]", [], "method.fgdd: unknown method 'fgdd': did you mean 'fgd'?"),
+        ("method: [asd, {name: fgd, wieght: 1}]", [], "method.fgd.wieght is unknown: did you mean 'weight'?"),
+        ("method: [asd, fgd]", ["method.weight=1"], "there are several methods: give method.<name>.weight"),
+        ("method: [asd, fgd]", ["method.asdd.weight=1"], "no method 'asdd' in the list: did you mean 'asd'?"),
+        ("method: {name: asd, weight: -1}", [], "method.weight must be 0 or above, not -1"),
+        ("method: {name: none, weight: 1}", [], "method.weight has no meaning without a method"),
+        ("method: 3", [], "method.name must be a name, not 3"),
         ("- a", [], "must hold sections"),
         ("model: {", [], "is not YAML"),
     ],
@@ -101,6 +110,19 @@ def test_mistakes_are_one_line_that_names_the_key(tmp_path, text, overrides, mes
     with pytest.raises(UserError, match=message) as caught:
         load_config(write(tmp_path, text), overrides)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["method: [asd, {name: fgd, weight: 0.5}]", "method: [{name: asd}, fgd]", "method: asd"]
+)
+def test_methods_combine(tmp_path, text):
+    overrides = ["method.fgd.weight=0.25", "method.asd.layers=1"] if "fgd" in text else ["method=[asd, fgd]"]
+    run = load_config(write(tmp_path, text), overrides)
+    assert run.method_name == "asd+fgd" and list(run.methods) == ["asd", "fgd"]
+    expected = (1, 0.25) if "fgd" in text else (2, 1.0)
+    assert (run.methods["asd"].layers, run.methods["fgd"].weight) == expected
+    again = build_config(yaml.safe_load(run.to_yaml()))
+    assert again.methods == run.methods
 
 
 def test_secret_is_not_echoed(tmp_path):
@@ -120,7 +142,7 @@ def test_resolved_configuration_says_the_same_again(path):
     text = run.to_yaml()
     again = build_config(yaml.safe_load(text))
     assert again.to_yaml() == text
-    assert (again.model, again.data, again.method) == (run.model, run.data, run.method)
+    assert (again.model, again.data, again.methods) == (run.model, run.data, run.methods)
     assert again.training.seed == 7 and again.training.max_steps == run.training.max_steps
 
 

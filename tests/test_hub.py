@@ -34,7 +34,7 @@ def card(folder: Path, **changes) -> ModelCard:
             "weights_from": ["org/start", str(folder)],
         },
         "teacher_info": {"id": "org/teacher"},
-        "method_paper": PAPER,
+        "method_papers": [PAPER],
         "metrics": {"teacher": {"parameters": 4e7, "AP": 0.4567}, "student": STUDENT},
         "protocol": protocol,
         "dataset": {"id": "org/coco", "name": "COCO: 2017"},
@@ -80,7 +80,7 @@ def test_card_of_a_run_without_teacher_and_numbers(tmp_path):
     written = card(
         tmp_path,
         teacher_info=None,
-        method_paper={},
+        method_papers=[{}],
         metrics={},
         protocol=None,
         student_info={"architecture": "DetrForObjectDetection", "weights_from": []},

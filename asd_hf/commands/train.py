@@ -18,6 +18,7 @@ from ..doctor import check, report
 from ..errors import UserError
 from ..evaluation import TOP_K, format_table, milliseconds_per_image
 from ..hub import call_hub, is_hub_id
+from ..methods import get_method
 from ..student import StudentConfig
 from ..trainer import DistillationTrainer
 
@@ -137,8 +138,8 @@ def _card(parts: Parts, trainer: DistillationTrainer, metrics: dict) -> dict:
             "architecture": type(parts.student.model).__name__,
             "weights_from": [w for w in weights_from if w is not None],
         },
-        "teacher_info": None if run.model.teacher is None else {"id": run.model.teacher},
-        "method_paper": {} if run.method_class is None else run.method_class.paper,
+        "teacher_info": None if parts.teacher is None else {"id": run.model.teacher},
+        "method_papers": [get_method(name).paper for name in run.methods],
         "metrics": {k: v for k, v in metrics.items() if k != "protocol"},
         "protocol": metrics["protocol"],
         "dataset": {"name": Path(source).name, "id": source if is_hub_id(source) else None},

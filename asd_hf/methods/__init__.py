@@ -2,9 +2,11 @@
 
 from ..registry import resolve
 from .base import DistillationMethod, MethodConfig
+from .combined import CombinedMethod
 
 METHODS = {
     "asd": "asd_hf.methods.asd:ASD",
+    "od_detr": "asd_hf.methods.od_detr:ODDETR",
 }
 
 
@@ -13,4 +15,4 @@ def get_method(name: str) -> type[DistillationMethod]:
     return resolve(name, METHODS, "method")
 
 
-__all__ = ["METHODS", "DistillationMethod", "MethodConfig", "get_method"]
+__all__ = ["METHODS", "CombinedMethod", "DistillationMethod", "MethodConfig", "get_method"]
