@@ -6,7 +6,7 @@ Letters in the shapes of this package: L decoder layers, B images, Q queries, C 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .attention import Attention, Look, at_least_fp32, sampled_look
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class DetectorOutput:
     mask: Tensor | None = None
     # Logits (L, B, Q, 4, bins) of where the left, top, right and bottom side of a box is: `DFineAdapter`.
     sides: Tensor | None = None
+    attention: Attention | None = None  # of the decoder, once `DetectorAdapter.watch_attention` was called
 
     def map_logits(self, change: Callable[[Tensor], Tensor]) -> DetectorOutput:
         """The same output with other logits, also of what `decode` answers; `proposals` stay."""
@@ -127,6 +129,7 @@ class DetectorAdapter:
     sees_padding = False
     two_stage = False
     open_vocabulary = False
+    with_attention = False  # see `watch_attention`
 
     def __init__(self, model: nn.Module, processor) -> None:
         self.model, self.processor = model, processor
@@ -182,9 +185,9 @@ class DetectorAdapter:
 
     @staticmethod
     @contextmanager
-    def tap(modules: dict[str, nn.Module]) -> Iterator[dict[str, tuple]]:
+    def tap(modules: dict[Hashable, nn.Module]) -> Iterator[dict[Hashable, tuple]]:
         """Collects (args, kwargs, output) of each of `modules` during the block; no hook outlives it."""
-        seen: dict[str, tuple] = {}
+        seen: dict[Hashable, tuple] = {}
 
         def collect(name):
             return lambda _, args, kwargs, output: seen.__setitem__(name, (args, kwargs, output))
@@ -205,6 +208,58 @@ class DetectorAdapter:
                 module.forward = _outside_autocast(module)
                 stack.callback(delattr, module, "forward")
             yield
+
+    # -- where the decoder looks ------------------------------------------------------------------------------------
+
+    def watch_attention(self) -> None:
+        """Fills `DetectorOutput.attention`, also of what `decode` answers, from the next call on.
+
+        The model's attention, though not its backbone's, then runs in plain operations, because fused ones keep no
+        weights: it takes more memory, and predictions differ in the last digits. What is saved does not change.
+
+        Raises:
+            UserError: the family has no decoder.
+        """
+        if "attention" not in self.spec.capabilities:
+            raise UserError(
+                f"{self.spec.family} has no decoder whose attention could be watched: take a method or "
+                "a detector that needs none"
+            )
+        self.model.set_attn_implementation({"": "eager"})
+        self.with_attention = True
+
+    @contextmanager
+    def attending(self) -> Iterator[Callable[..., Attention | None]]:
+        """Watches the decoder's attention during the block, once `watch_attention` was called.
+
+        Yields a function that afterwards makes `Attention` of the feature maps and the slice of queries to show.
+        """
+        if not self.with_attention:
+            yield lambda features, shown: None
+            return
+        layers = [self.attention_modules(layer) for layer in self.model.model.decoder.layers]
+        with self.tap({(i, part): m for i, layer in enumerate(layers) for part, m in layer.items()}) as seen:
+
+            def attention(features: list[Tensor], shown: slice) -> Attention:
+                taps = [{part: seen[i, part] for part in layer} for i, layer in enumerate(layers)]
+                between = []
+                for context, weights in (tap["queries"][2] for tap in taps):
+                    # Groups of queries that do not see each other stand behind the images of the first one.
+                    between.append(at_least_fp32(weights[: len(context)]).mean(1)[:, shown, shown])
+                look = self.read_look(taps, [level.shape[2:] for level in features], shown)
+                return Attention(torch.stack(between), look)
+
+            yield attention
+
+    def attention_modules(self, layer: nn.Module) -> dict[str, nn.Module]:
+        """Of a decoder layer: what attends among "queries" and gives its weights, and what reads the "image"."""
+        return {"queries": layer.self_attn, "image": layer.encoder_attn.attn}
+
+    def read_look(self, taps: list[dict[str, tuple]], sizes: list[torch.Size], shown: slice) -> Look:
+        """`Attention.look` of the calls of `attention_modules`: here `MultiScaleDeformableAttention`, which is told
+        where to sample and with which weights."""
+        points, weights = (torch.stack([tap["image"][0][i][:, shown] for tap in taps]) for i in (4, 5))
+        return sampled_look(points.unbind(4), weights.unbind(4), sizes)
 
     # -- what a student needs ---------------------------------------------------------------------------------------
 

@@ -42,6 +42,9 @@ class DabDetrAdapter(ConditionalDetrAdapter):
     def _asked(self, context: dict[str, Tensor]) -> tuple[Tensor, None, Tensor]:
         return context["inputs_embeds"], None, context["query_position_embeddings"].sigmoid()
 
+    def attention_modules(self, layer: nn.Module) -> dict[str, nn.Module]:
+        return {"queries": layer.self_attn.self_attn, "image": layer.cross_attn.cross_attn}
+
     def _hidden(self, decoded, states: list[tuple[Tensor]]) -> Tensor:
         return decoded.intermediate_hidden_states
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 import torch
@@ -46,7 +46,9 @@ class DeformableDetrAdapter(DetectorAdapter):
             strides=tuple(strides),
             **pixel_statistics(processor),
             activation="sigmoid",
-            capabilities=frozenset({"decode", "features"} | ({"proposals"} if config.two_stage else set())),
+            capabilities=frozenset(
+                {"decode", "features", "attention"} | ({"proposals"} if config.two_stage else set())
+            ),
             asks_positions=True,
             reference_size=4 if config.two_stage else 2,
         )
@@ -58,10 +60,11 @@ class DeformableDetrAdapter(DetectorAdapter):
     def forward(self, pixels: Tensor, mask: Tensor, labels: list[dict] | None) -> DetectorOutput:
         core = self.model.model
         taps = {f"level {i}": level for i, level in enumerate(core.input_proj)} | {"decoder": core.decoder}
-        with self.tap(taps) as seen, self._precise():
+        with self.tap(taps) as seen, self._precise(), self.attending() as attention:
             # The core and not the whole model: that would run the heads a second time, and in autocast.
             out = core(pixel_values=pixels, pixel_mask=mask)
         _, context, _ = seen["decoder"]
+        features = [seen[f"level {i}"][2] for i in range(len(core.input_proj))]
 
         def decode(queries: Tensor, positions: Tensor, references: Tensor) -> DetectorOutput:
             """Puts other questions to the encoded images.
@@ -76,22 +79,23 @@ class DeformableDetrAdapter(DetectorAdapter):
                 "object_queries_position_embeddings": positions,
                 "reference_points": references,
             }
-            with self._precise():
-                return answer(core.decoder(**(context | question)), references)
+            with self._precise(), self.attending() as attention:
+                decoded = core.decoder(**(context | question))
+            return answer(decoded, references, attention)
 
         decode.own = tuple(
             context[name] for name in ("inputs_embeds", "object_queries_position_embeddings", "reference_points")
         )
 
-        def answer(decoded, references: Tensor) -> DetectorOutput:
+        def answer(decoded, references: Tensor, attention: Callable) -> DetectorOutput:
             hidden = decoded.intermediate_hidden_states.transpose(0, 1).to(self.model.dtype)
             # Layer l refines the boxes of layer l - 1; without refinement every layer starts from the same points.
             earlier = decoded.intermediate_reference_points.unbind(1)[:-1]
             logits, boxes = self._predict(hidden, (references, *earlier))
-            return DetectorOutput(logits, boxes, hidden, decode=decode)
+            return DetectorOutput(logits, boxes, hidden, decode=decode, attention=attention(features, slice(None)))
 
-        output = answer(out, out.init_reference_points)
-        output.features = [seen[f"level {i}"][2] for i in range(len(core.input_proj))]
+        output = answer(out, out.init_reference_points, attention)
+        output.features = features
         if out.enc_outputs_class is not None:
             output.proposals = out.enc_outputs_class, out.enc_outputs_coord_logits.sigmoid()
         return output

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import DetrImageProcessor
 
+from .attention import Attention, Look, dense_look
 from .base import DetectorAdapter, DetectorOutput, DetectorSpec, class_names_of, pixel_statistics
 
 
@@ -45,7 +47,7 @@ class DetrAdapter(DetectorAdapter):
             strides=self.backbone_strides()[-1:],
             **pixel_statistics(processor),
             activation=self.activation,
-            capabilities=frozenset({"decode", "features"}),
+            capabilities=frozenset({"decode", "features", "attention"}),
             asks_positions=self.asks_positions,
             reference_size=self.reference_size,
         )
@@ -62,10 +64,11 @@ class DetrAdapter(DetectorAdapter):
         core = self.model.model
         layers = {f"layer {i}": layer for i, layer in enumerate(core.decoder.layers)}
         taps = layers | {"neck": core.input_projection, "decoder": core.decoder}
-        with self.tap(taps) as seen, self._precise():
+        with self.tap(taps) as seen, self._precise(), self.attending() as attention:
             # The core and not the whole model: that would run the heads a second time, and in autocast.
             core(pixel_values=pixels, pixel_mask=mask)
         _, context, decoded = seen["decoder"]
+        features = [seen["neck"][2]]
 
         def decode(queries: Tensor, positions: Tensor | None, references: Tensor | None) -> DetectorOutput:
             """Puts other questions to the encoded images.
@@ -75,19 +78,19 @@ class DetrAdapter(DetectorAdapter):
                 positions: position embeddings (B, Q, D); DAB-DETR has none.
                 references: boxes (B, Q, 4) in [0, 1] of the valid image, in DAB-DETR; the others have none.
             """
-            with self.tap(layers) as seen, self._precise():
+            with self.tap(layers) as seen, self._precise(), self.attending() as attention:
                 decoded = core.decoder(**(context | self._ask(queries, positions, references)))
-            return answer(decoded, seen)
+            return answer(decoded, seen, attention)
 
         decode.own = self._asked(context)
 
-        def answer(decoded, seen: dict[str, tuple]) -> DetectorOutput:
+        def answer(decoded, seen: dict[str, tuple], attention: Callable) -> DetectorOutput:
             hidden = self._hidden(decoded, [seen[name][2] for name in layers]).to(self.model.dtype)
             logits, boxes = self._predict(hidden, decoded)
-            return DetectorOutput(logits, boxes, hidden, decode=decode)
+            return DetectorOutput(logits, boxes, hidden, decode=decode, attention=attention(features, slice(None)))
 
-        output = answer(decoded, seen)
-        output.features = [seen["neck"][2]]
+        output = answer(decoded, seen, attention)
+        output.features = features
         return output
 
     def _ask(self, queries: Tensor, positions: Tensor | None, references: Tensor | None) -> dict[str, Tensor]:
@@ -118,6 +121,21 @@ class DetrAdapter(DetectorAdapter):
     def _precise(self) -> AbstractContextManager:
         """Runs what the model itself knows of boxes outside autocast during the block."""
         return self.outside_autocast([])
+
+    @contextmanager
+    def attending(self) -> Iterator[Callable[..., Attention | None]]:
+        with ExitStack() as stack:
+            if self.with_attention:  # some of the family give the weights only when they are told to
+                for layer in self.model.model.decoder.layers:
+                    for module in self.attention_modules(layer).values():
+                        stack.callback(module.register_forward_pre_hook(_ask_for_weights, with_kwargs=True).remove)
+            yield stack.enter_context(super().attending())
+
+    def attention_modules(self, layer: nn.Module) -> dict[str, nn.Module]:
+        return {"queries": layer.self_attn, "image": layer.encoder_attn}
+
+    def read_look(self, taps: list[dict[str, tuple]], sizes: list[torch.Size], shown: slice) -> Look:
+        return dense_look(torch.stack([tap["image"][2][1].mean(1)[:, shown] for tap in taps]), sizes[0])
 
     @property
     def layer_lists(self) -> dict[str, int]:
@@ -154,3 +172,7 @@ class DetrAdapter(DetectorAdapter):
         core.input_projection.reset_parameters()
         for embedding in self.query_embeddings:
             nn.init.normal_(embedding.weight)
+
+
+def _ask_for_weights(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return args, kwargs | {"output_attentions": True}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -47,7 +47,7 @@ class GroundingDinoAdapter(DetectorAdapter):
             strides=tuple(strides),
             **pixel_statistics(self.processor),
             activation="sigmoid",
-            capabilities=frozenset({"decode", "features"}),
+            capabilities=frozenset({"decode", "features", "attention"}),
             reference_size=4,
         )
 
@@ -93,11 +93,12 @@ class GroundingDinoAdapter(DetectorAdapter):
         core = self.model.model
         taps = {f"level {i}": level for i, level in enumerate(core.input_proj_vision)} | {"decoder": core.decoder}
         precise = [core.encoder_output_bbox_embed, *core.decoder.bbox_embed]
-        with self.tap(taps) as seen, self.outside_autocast(precise):
+        with self.tap(taps) as seen, self.outside_autocast(precise), self.attending() as attention:
             # The core and not the whole model: that would run the heads a second time, and in autocast.
             out = core(pixel_values=pixels, pixel_mask=mask, input_ids=self._text.expand(len(pixels), -1))
         _, context, _ = seen["decoder"]
         text = context["text_encoder_hidden_states"]
+        features = [seen[f"level {i}"][2] for i in range(len(core.input_proj_vision))]
 
         def decode(queries: Tensor, positions: None, references: Tensor) -> DetectorOutput:
             """Puts other questions to the encoded images.
@@ -112,20 +113,23 @@ class GroundingDinoAdapter(DetectorAdapter):
                 "reference_points": references,
                 "text_encoder_attention_mask": None,  # no token is padding; the decoder's mask is for `num_queries`
             }
-            with self.outside_autocast(precise):
-                return answer(core.decoder(**(context | question)), references)
+            with self.outside_autocast(precise), self.attending() as attention:
+                decoded = core.decoder(**(context | question))
+            return answer(decoded, references, attention)
 
         decode.own = context["inputs_embeds"], None, context["reference_points"]
 
-        def answer(decoded, references: Tensor) -> DetectorOutput:
+        def answer(decoded, references: Tensor, attention: Callable) -> DetectorOutput:
             hidden = decoded.intermediate_hidden_states.transpose(0, 1).to(self.model.dtype)
             # Layer l refines the boxes of layer l - 1.
             earlier = decoded.intermediate_reference_points.unbind(1)[:-1]
             token_logits, boxes = self._predict(hidden, text, (references, *earlier))
-            return DetectorOutput(self._classes(token_logits), boxes, hidden, decode=decode)
+            output = DetectorOutput(self._classes(token_logits), boxes, hidden, decode=decode)
+            output.attention = attention(features, slice(None))
+            return output
 
-        output = answer(out, out.init_reference_points)
-        output.features = [seen[f"level {i}"][2] for i in range(len(core.input_proj_vision))]
+        output = answer(out, out.init_reference_points, attention)
+        output.features = features
         return output
 
     def _predict(self, hidden: Tensor, text: Tensor, references: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

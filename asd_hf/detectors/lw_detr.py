@@ -42,7 +42,7 @@ class LwDetrAdapter(DetectorAdapter):
             strides=tuple(round(config.backbone_config.patch_size / scale) for scale in self.scales),
             **pixel_statistics(processor),
             activation="sigmoid",
-            capabilities=frozenset({"decode", "features"}),
+            capabilities=frozenset({"decode", "features", "attention"}),
             reference_size=4,
         )
 
@@ -67,11 +67,13 @@ class LwDetrAdapter(DetectorAdapter):
         with (
             self.tap({"features": core.backbone.projector, "decoder": core.decoder}) as seen,
             self.outside_autocast(precise),
+            self.attending() as attention,
         ):
             # The core and not the whole model: that would run the heads a second time, and in autocast.
             out = core(pixel_values=pixels, pixel_mask=mask)
         _, context, _ = seen["decoder"]
         features = seen["features"][2]
+        features = features if isinstance(features, list) else [features]
         first = slice(config.num_queries)
 
         def decode(queries: Tensor, positions: None, references: Tensor) -> DetectorOutput:
@@ -84,21 +86,27 @@ class LwDetrAdapter(DetectorAdapter):
             """
             groups, config.group_detr = config.group_detr, 1  # in training mode attention is split into groups
             try:
-                decoded = core.decoder(**(context | {"inputs_embeds": queries, "reference_points": references}))
+                with self.attending() as attention:
+                    decoded = core.decoder(**(context | {"inputs_embeds": queries, "reference_points": references}))
             finally:
                 config.group_detr = groups
             hidden = decoded.intermediate_hidden_states.to(self.model.dtype)
-            return DetectorOutput(*self._predict(hidden, references), hidden, decode=decode)
+            output = DetectorOutput(*self._predict(hidden, references), hidden, decode=decode)
+            output.attention = attention(features, slice(None))
+            return output
 
         decode.own = context["inputs_embeds"][:, first], None, context["reference_points"][:, first]
         hidden = out.intermediate_hidden_states.to(self.model.dtype)
         logits, boxes = self._predict(hidden, out.init_reference_points)
         output = DetectorOutput(logits[:, :, first], boxes[:, :, first], hidden[:, :, first], decode=decode)
-        output.features = features if isinstance(features, list) else [features]
+        output.features, output.attention = features, attention(features, first)
         if labels is not None:
             with torch.autocast(pixels.device.type, enabled=False):
                 output.losses = self._losses(out, logits, boxes, labels)
         return output.map_boxes(scale)
+
+    def attention_modules(self, layer: nn.Module) -> dict[str, nn.Module]:
+        return {"queries": layer.self_attn, "image": layer.cross_attn.attn}
 
     def _whole_cells(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """`mask` with its sides rounded up to the coarsest stride, and how much larger they are, (B, 1, 4).

@@ -57,7 +57,7 @@ class RTDetrAdapter(DetectorAdapter):
             strides=tuple(strides),
             **pixel_statistics(processor),
             activation="sigmoid",
-            capabilities=frozenset({"decode", "features"}),
+            capabilities=frozenset({"decode", "features", "attention"}),
             reference_size=4,
         )
 
@@ -71,9 +71,10 @@ class RTDetrAdapter(DetectorAdapter):
     def forward(self, pixels: Tensor, mask: Tensor, labels: list[dict] | None) -> DetectorOutput:
         core = self.model.model
         taps = {f"level {i}": level for i, level in enumerate(core.decoder_input_proj)} | {"decoder": core.decoder}
-        with self.tap(taps) as seen, self._asking():
+        with self.tap(taps) as seen, self._asking(), self.attending() as attention:
             out = core(pixel_values=pixels, labels=labels)
         _, context, _ = seen["decoder"]
+        features = [seen[f"level {i}"][2] for i in range(len(core.decoder_input_proj))]
         # Denoising queries stand first. Attention hides them from the others.
         noised = 0 if out.denoising_meta_values is None else out.denoising_meta_values["dn_num_split"][0]
 
@@ -90,15 +91,15 @@ class RTDetrAdapter(DetectorAdapter):
                 "reference_points": references.logit(eps=1e-6),
                 "encoder_attention_mask": None,
             }
-            with self._asking():
+            with self._asking(), self.attending() as attention:
                 output = self._read(core.decoder(**(context | question)), 0)
-            output.decode = decode
+            output.decode, output.attention = decode, attention(features, slice(None))
             return output
 
         decode.own = context["inputs_embeds"][:, noised:], None, context["reference_points"][:, noised:].sigmoid()
         output = self._read(out, noised)
-        output.decode = decode
-        output.features = [seen[f"level {i}"][2] for i in range(len(core.decoder_input_proj))]
+        output.decode, output.features = decode, features
+        output.attention = attention(features, slice(noised, None))
         if labels is not None:
             with torch.autocast(pixels.device.type, enabled=False):
                 output.losses = self._losses(out, labels)
