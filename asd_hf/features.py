@@ -67,26 +67,33 @@ def _full(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def map_distance(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+    """Squared difference of maps (B, D, H, W): mean over channels and an image's `valid` cells, then over images.
+
+    An image too small to have a cell at this level counts as 0.
+    """
+    squared = ((student - teacher) ** 2 * valid).mean(1).sum((1, 2))  # (B,)
+    return (squared / valid.sum((1, 2, 3)).clamp(min=1)).mean()
+
+
 def valid_cells(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, 1, H, W) bool: the cells of a map of `size` whose centres lie in the image, of a mask (B, H', W')."""
-    height, width = (_centres(count, mask.device) * side for count, side in zip(size, mask.shape[1:], strict=True))
-    return mask[:, height.long()][:, :, width.long()][:, None]
+    rows, columns = (
+        (2 * torch.arange(count, device=mask.device) + 1) * side // (2 * count)
+        for count, side in zip(size, mask.shape[1:], strict=True)
+    )
+    return mask[:, rows][:, :, columns][:, None]
 
 
-def _centres(count: int, device: torch.device) -> Tensor:
-    """Of `count` cells, as parts of the side that they divide."""
-    return (torch.arange(count, device=device) + 0.5) / count
-
-
-def _extent(mask: Tensor) -> Tensor:
+def _extent(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, 2): the part of the canvas' width and height that is the image's."""
-    return torch.stack([mask[:, 0].float().mean(1), mask[:, :, 0].float().mean(1)], -1)
+    return torch.stack([mask[:, 0].to(dtype).mean(1), mask[:, :, 0].to(dtype).mean(1)], -1)
 
 
 def _resample(source: Tensor, source_mask: Tensor, target_mask: Tensor, size: tuple[int, int]) -> Tensor:
     """The map `source` (B, D, H', W') at the centres of the cells of another canvas, cells of `size`."""
-    scale = (_extent(source_mask) / _extent(target_mask)).to(source.dtype)  # (B, 2)
-    y, x = (_centres(count, source.device).to(source.dtype) for count in size)
+    scale = _extent(source_mask, source.dtype) / _extent(target_mask, source.dtype)  # (B, 2)
+    y, x = ((torch.arange(count, device=source.device).to(source.dtype) + 0.5) / count for count in size)
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)  # (H, W, 2) of the target's canvas
     grid = grid * scale[:, None, None]  # (B, H, W, 2) of the source's
     return F.grid_sample(source, 2 * grid - 1, padding_mode="border", align_corners=False)
@@ -94,7 +101,7 @@ def _resample(source: Tensor, source_mask: Tensor, target_mask: Tensor, size: tu
 
 def cell_boxes(boxes: Tensor, mask: Tensor, size: tuple[int, int]) -> Tensor:
     """Boxes (B, G, 4) in [0, 1] of the valid image as corners x1, y1, x2, y2 in cells of a map of `size` (H, W)."""
-    extent = _extent(mask).to(boxes.dtype)
+    extent = _extent(mask, boxes.dtype)
     cells = torch.stack([extent[:, 0] * size[1], extent[:, 1] * size[0]] * 2, -1)
     return cxcywh_to_xyxy(boxes) * cells[:, None]
 

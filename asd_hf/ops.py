@@ -1,4 +1,4 @@
-"""Arithmetic on boxes, shared by the criterion and the methods."""
+"""Arithmetic on boxes, and noise that can be drawn again; shared by the criterion and the methods."""
 
 from __future__ import annotations
 
@@ -34,3 +34,34 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     """0 where `whole` is 0, there without gradient."""
     positive = whole > 0
     return torch.where(positive, part / torch.where(positive, whole, 1), 0)
+
+
+def uniform_noise(ids: Tensor, step: int, shape: tuple[int, ...], stream: int = 0) -> Tensor:
+    """Uniform numbers in [0, 1) that depend on an image, the step and their place alone: (B, *shape) in fp32.
+
+    The same on every device, in every batch and after a resumed run; a larger `shape` holds the smaller one.
+
+    Args:
+        ids: (B,) int64, of the images.
+        stream: tells several draws of one step apart.
+    """
+    state = _mix(_mix(step & _BITS) ^ stream)
+    for half in (ids & _BITS, ids >> 32 & _BITS):
+        state = _mix(half ^ state)
+    for size in shape:
+        state = _mix(state[..., None] ^ torch.arange(size, device=ids.device))
+    return (state >> 8) * 2.0**-24  # as many bits as fp32 holds
+
+
+_BITS = (1 << 32) - 1
+
+
+def _mix(x):
+    """Hash of 32 bits, of a number or of an int64 tensor, where no product overflows.
+
+    Constants and shifts: Wellons, hash-prospector (github.com/skeeto/hash-prospector, public domain).
+    """
+    x = x + 0x9E3779B9 & _BITS  # 0 would stay 0
+    x = (x ^ x >> 16) * 0x21F0AAAD & _BITS
+    x = (x ^ x >> 15) * 0x735A2D97 & _BITS
+    return x ^ x >> 15
