@@ -31,6 +31,19 @@ def box_distances(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return (student - teacher).abs().sum(-1), 1 - giou
 
 
+def imitation_losses(
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], softmax: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`class_divergence`, L1 and 1 - GIoU of pairs: means over pairs and images, sums over layers.
+
+    Args:
+        student, teacher: logits (L, B, P, C) and boxes (L, B, P, 4) of the P pairs.
+    """
+    (s_logits, s_boxes), (t_logits, t_boxes) = student, teacher
+    distances = class_divergence(s_logits, t_logits, softmax), *box_distances(s_boxes, t_boxes)
+    return tuple(distance.mean((1, 2)).sum() for distance in distances)
+
+
 @torch.no_grad()
 def pair_costs(
     student: tuple[Tensor, Tensor],

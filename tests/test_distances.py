@@ -5,16 +5,21 @@ import math
 import pytest
 import torch
 
-from asd_hf.distances import box_distances, box_iou, class_divergence, clip_to_image, pair_costs
+from asd_hf.distances import (
+    box_distances,
+    box_iou,
+    class_divergence,
+    clip_to_image,
+    imitation_losses,
+    pair_costs,
+)
 
-# L1, B2, S3 against T4, and C2 with a further column for heads with "no object".
 
-
-def predictions(count, seed, columns=3):
+def predictions(count, seed, columns=3, layers=1):
     generator = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(1, 2, count, columns, generator=generator, dtype=torch.float64)
-    centre = torch.rand(1, 2, count, 2, generator=generator, dtype=torch.float64)
-    size = 0.05 + 0.6 * torch.rand(1, 2, count, 2, generator=generator, dtype=torch.float64)
+    logits = 3 * torch.randn(layers, 2, count, columns, generator=generator, dtype=torch.float64)
+    centre = torch.rand(layers, 2, count, 2, generator=generator, dtype=torch.float64)
+    size = 0.05 + 0.6 * torch.rand(layers, 2, count, 2, generator=generator, dtype=torch.float64)
     return logits, torch.cat([centre, size], -1)
 
 
@@ -63,6 +68,20 @@ def test_distances_equal_the_formulas(softmax):
             assert l1[0, image, i].item() == pytest.approx(sum(abs(x - y) for x, y in zip(s, t, strict=True)))
             assert giou[0, image, i].item() == pytest.approx(1 - iou_and_giou(s, t)[1], rel=1e-12)
             assert iou[0, image, i].item() == pytest.approx(iou_and_giou(s, t)[0], rel=1e-12)
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_losses_are_means_over_pairs_and_images_and_sums_over_layers(softmax):
+    student, teacher = predictions(4, 0, layers=3), predictions(4, 1, layers=3)
+    want = [0.0, 0.0, 0.0]
+    for layer in range(3):
+        for image in range(2):
+            for i in range(4):
+                s_logits, s_box, t_logits, t_box = (x[layer, image, i].tolist() for x in (*student, *teacher))
+                want[0] += kl(s_logits, t_logits, softmax) / 8
+                want[1] += sum(abs(a - b) for a, b in zip(s_box, t_box, strict=True)) / 8
+                want[2] += (1 - iou_and_giou(s_box, t_box)[1]) / 8
+    assert [loss.item() for loss in imitation_losses(student, teacher, softmax)] == pytest.approx(want, rel=1e-12)
 
 
 @pytest.mark.parametrize("softmax", [False, True])

@@ -6,6 +6,7 @@ from .combined import CombinedMethod
 
 METHODS = {
     "asd": "asd_hf.methods.asd:ASD",
+    "index_pairing": "asd_hf.methods.index_pairing:IndexPairing",
     "od_detr": "asd_hf.methods.od_detr:ODDETR",
 }
 
