@@ -1,5 +1,8 @@
 """What detectors tell methods beyond their predictions: the canvas, and answers to other questions."""
 
+from copy import deepcopy
+from functools import cache
+
 import pytest
 import torch
 from transformers.models.d_fine.modeling_d_fine import distance2bbox, weighting_function
@@ -9,12 +12,16 @@ from asd_hf.detectors.attention import splat
 from asd_hf.errors import UserError
 from tests import tiny
 from tests.families import FAMILIES, OPEN_VOCABULARY
+from tests.test_families import Waits
 
 ASKED = [name for name in FAMILIES if name != "yolos"]  # it has no decoder
 
 
+built = cache(lambda name: FAMILIES[name]())
+
+
 def adapter_of(name, training=False):
-    adapter = get_adapter(*FAMILIES[name]())
+    adapter = get_adapter(*deepcopy(built(name)))
     adapter.model.train(training)
     if name in OPEN_VOCABULARY:
         adapter.prompt(tiny.CLASSES)
@@ -162,7 +169,7 @@ VARIANTS = {
 
 
 def watching(name, training=False, variant=False):
-    model, processor = FAMILIES[name]()
+    model, processor = deepcopy(built(name))
     if variant:
         torch.manual_seed(0)
         model = type(model)(type(model.config)(**model.config.to_dict() | VARIANTS[name]))
@@ -353,3 +360,19 @@ def test_attention_under_autocast_is_fp32(name):
     torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=5e-3)
     if not adapter.spec.strides[1:] and "group_detr" not in adapter.model.config.to_dict():
         torch.testing.assert_close(maps[0].sum((2, 3)), torch.full(output.queries.shape[:2], 12.0), rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_the_host_waits_for_no_attention(name):
+    adapter, batch = adapter_of(name), tiny.batch(2)
+    ask(adapter, batch)  # caches of constants may grow once
+    with Waits() as without:
+        ask(adapter, batch)
+    adapter.watch_attention()
+    with Waits() as watched:
+        output = ask(adapter, batch)
+    assert watched.count <= without.count
+    weights = torch.ones(output.queries.shape[:3])
+    with Waits() as looking:
+        output.attention.look(weights)
+    assert not looking.count
