@@ -1,4 +1,4 @@
-"""A question to one detector's decoder, put to another's."""
+"""A question to one detector's decoder, put to another's; and how much each point of it counts."""
 
 from __future__ import annotations
 
@@ -25,6 +25,17 @@ def ask_teacher(output: DetectorOutput, question: Question) -> DetectorOutput:
     return ask(output, question)
 
 
+def point_scores(logits: Tensor, softmax: bool) -> Tensor:
+    """(..., Q): the best class probability of logits (..., Q, C), without "no object" of softmax heads."""
+    return (logits.softmax(-1)[..., :-1] if softmax else logits.sigmoid()).amax(-1)
+
+
+def point_weights(logits: Tensor, softmax: bool) -> Tensor:
+    """(..., Q): `point_scores` as shares, which sum to 1 in each image."""
+    scores = point_scores(logits, softmax)
+    return scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+
+
 class Translator(nn.Module):
     """Turns the teacher's questions into the student's.
 
@@ -39,7 +50,7 @@ class Translator(nn.Module):
 
     def __init__(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
         super().__init__()
-        self.asks_positions, self.reference_size = student.asks_positions, student.reference_size
+        self.reference_size = student.reference_size
         widths = teacher.hidden_size, student.hidden_size
         same = widths[0] == widths[1]
         self.queries = nn.Identity() if same else nn.Linear(*widths)
@@ -54,6 +65,7 @@ class Translator(nn.Module):
         """The student's form of a `question` (B, Q, .) to the teacher, which is detached.
 
         Args:
+            question: its references may be boxes also where the teacher asks for points or for none.
             answer: what the teacher answered.
         """
         queries, positions, references = (None if x is None else x.detach() for x in question)
@@ -72,7 +84,10 @@ SINES = 64  # numbers that stand for one coordinate
 
 
 def sine_embedding(boxes: Tensor) -> Tensor:
-    """Sines and cosines (..., 4 * SINES) of coordinates (..., 4) in [0, 1], at wavelengths from 1 to 10,000 / 2 pi."""
+    """Sines and cosines (..., 4 * SINES) of coordinates (..., 4) in [0, 1], at wavelengths from 1 to almost 10,000.
+
+    So does DETR embed the positions of an image (Carion et al., arXiv 2005.12872).
+    """
     powers = torch.arange(SINES // 2, device=boxes.device, dtype=boxes.dtype) / (SINES // 2)
     angles = 2 * math.pi * boxes[..., None] * 10_000**-powers
     return torch.cat([angles.sin(), angles.cos()], -1).flatten(-2)
