@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import cached_property
 
@@ -19,7 +20,7 @@ from .data import (
 )
 from .detectors.base import DetectorAdapter, DetectorSpec
 from .errors import UserError
-from .methods import CombinedMethod, DistillationMethod, get_method
+from .methods import CombinedMethod, DistillationMethod, MethodConfig, get_method
 from .student import SELF_TAUGHT, build_student, load_teacher, prompt_teacher
 from .trainer import DistillationTrainer
 
@@ -47,6 +48,18 @@ class Parts:
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
+
+    def under(self, methods: dict[str, MethodConfig], teacher: str | None) -> Parts:
+        """The same data and copies of the same models under other methods; `teacher` may also be none or "ema"."""
+        model, data = replace(self.run.model, teacher=teacher), self.run.data
+        if teacher is None:
+            model, data = replace(model, class_map=None), replace(data, unlabelled=None, teacher_size=None)
+        other = Parts(replace(self.run, methods=methods, model=model, data=data))
+        names = ["eval_source", "train_source", "student"] + ["teacher"] * (teacher == self.run.model.teacher)
+        for name in names:
+            part = getattr(self, name)
+            other.__dict__[name] = copy.deepcopy(part) if isinstance(part, DetectorAdapter) else part
+        return other
 
     @_part
     def eval_source(self) -> Source:

@@ -11,12 +11,12 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the seconds of each phase during a `with` block; time in an inner phase is not its outer one's.
+    """Adds up the seconds of each phase during a `with` block; the time of an inner phase is not its outer one's.
 
     The device is waited for at both ends of every phase, so a measured step is slower than one that is not.
 
     Attributes:
-        seconds: by the name of the phase.
+        seconds: by the phase, "outer/inner" for one within another.
     """
 
     active: Stopwatch | None = None
@@ -36,7 +36,7 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
         now = perf_counter()
         if self._open:
-            self.seconds[self._open[-1]] += now - self._last
+            self.seconds["/".join(self._open)] += now - self._last
         self._last = now
 
 

@@ -12,7 +12,7 @@ LAYERS = [
     {"criterion", "features", "matching", "questions", "targets"},
     {"methods"},
     {"classes", "distiller", "ema", "student", "data", "evaluation", "hub"},
-    {"config", "trainer", "build", "doctor"},
+    {"config", "trainer", "build", "doctor", "benchmark"},
     {"commands"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,75 @@
+"""The costs of methods, measured on a small run."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+import yaml
+
+from asd_hf.commands import run
+from asd_hf.phases import Stopwatch, phase
+from tests.tiny_run import configuration, write_places
+
+
+def test_inner_phases_are_not_counted_twice():
+    with Stopwatch(torch.device("cpu")) as watch:
+        with phase("outer"):
+            time.sleep(0.02)
+            with phase("inner"):
+                time.sleep(0.05)
+            with phase("inner"):
+                time.sleep(0.05)
+        time.sleep(0.1)
+    assert set(watch.seconds) == {"outer", "outer/inner"}
+    assert 0.02 <= watch.seconds["outer"] < 0.1 <= watch.seconds["outer/inner"]
+    with phase("outer"):  # nobody measures
+        pass
+    assert len(watch.seconds) == 2
+
+
+def test_a_step_under_each_method_is_measured_and_what_cannot_be_is_named(tmp_path, capsys):
+    places = write_places(tmp_path / "places")
+    file = tmp_path / "run.yaml"
+    values = configuration(places, data={"teacher_size": 96, "unlabelled": str(places / "more")})
+    file.write_text(yaml.safe_dump(values))
+    methods = "asd,index_pairing,od_detr,kd_detr,d3etr"
+    arguments = [
+        "step",
+        "--config",
+        str(file),
+        "--methods",
+        methods,
+        "--rounds",
+        "2",
+        "--json",
+        str(tmp_path / "a.json"),
+    ]
+    assert run("benchmark", arguments) == 0
+    shown = capsys.readouterr().out
+    rows = {row["method"]: row for row in json.loads((tmp_path / "a.json").read_text())}
+    assert list(rows) == ["none", "asd", "od_detr", "kd_detr", "d3etr", "index_pairing"]
+    assert "teacher has 9" in rows["index_pairing"]["refused"] and "index_pairing: refused:" in shown
+    cost = {name: row["milliseconds"] for name, row in rows.items()}
+    assert cost["none"]["teacher"] == cost["none"]["extra decoding"] == cost["asd"]["matching"] == 0
+    assert rows["none"]["ratio"] == 1 < rows["kd_detr"]["ratio"]
+    assert cost["asd"]["teacher"] > 0 < cost["kd_detr"]["extra decoding"] and cost["d3etr"]["matching"] > 0
+    assert rows["asd"]["parameters"] > 0 == rows["od_detr"]["parameters"]
+    for name in set(rows) - {"index_pairing"}:
+        assert cost[name]["student"] > 0 < cost[name]["backward"]
+        assert sum(cost[name].values()) - cost[name]["step"] == pytest.approx(cost[name]["step"], rel=0.5)
+        assert f"| {name} " in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "asdd"], "--methods: unknown method 'asdd': did you mean 'asd'?"),
+        (["--rounds", "0"], "--rounds must be 1 or more, not 0"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys):
+    assert run("benchmark", ["step", "--config", "configs/quickstart.yaml", *arguments]) == 2
+    assert message in capsys.readouterr().err
