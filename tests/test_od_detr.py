@@ -144,9 +144,8 @@ def reference(student, taught, labels, is_softmax, per_object=2):
                     if q in found:
                         kind, target = objects[image][found[q]]
                         rated[kind] = max(rated.get(kind, 0.0), iou_giou(box, target)[0])
-                total["od_detr_matching_class"] += (
-                    class_loss(s_logits[layer][image][q], rated, is_softmax) / num_objects
-                )
+                loss = class_loss(s_logits[layer][image][q], rated, is_softmax)
+                total["od_detr_matching_class"] += loss / num_objects
                 if q in theirs and q not in own:
                     target = objects[image][theirs[q]][1]
                     total["od_detr_matching_box"] += l1(box, target) / num_objects
@@ -295,10 +294,8 @@ def test_ramp():
 
 def test_terms_of_no_weight_cost_nothing():
     student, taught, labels, adapter, _ = scene()
-    off = {
-        group: {f"{term.removeprefix('od_detr_')}_weight": 0.0 for term in group} for group in (MATCHING, PREDICTION)
-    }
-    off[AUXILIARY] = {f"{term.removeprefix('od_detr_')}_weight": 0.0 for term in AUXILIARY}
+    groups = (MATCHING, PREDICTION, AUXILIARY)
+    off = {group: {f"{term.removeprefix('od_detr_')}_weight": 0.0 for term in group} for group in groups}
     asked, decode = [], student.decode
 
     def counted(*question):
@@ -345,14 +342,25 @@ def test_gradients_reach_the_student_alone(name):
     made = method(student_adapter.spec)
     student, taught = student_adapter(*pixels), teacher_adapter(*pixels)
     labels = [label | {"boxes": label["boxes"].double()} for label in batch["labels"]]
-    heads = {term: 0.0 for term in TERMS}
+    reached = {}
     for term, loss in made(student, taught, labels).items():
         student_adapter.model.zero_grad()
         loss.backward(retain_graph=True)
         encoder = [p for key, p in student_adapter.model.named_parameters() if ".encoder" in key and "weight" in key]
-        heads[term] = sum(p.grad.abs().sum().item() for p in encoder if p.grad is not None)
-    assert all(heads[term] > 0 for term in heads), heads
+        reached[term] = sum(p.grad.abs().sum().item() for p in encoder if p.grad is not None)
+    assert all(reached[term] > 0 for term in TERMS), reached
     assert all(p.grad is None for p in teacher_adapter.model.parameters())
+
+
+def test_labels_carry_no_gradient():
+    """The IoU that a class is to be rated with is a label: the class loss does not move boxes."""
+    student, taught, labels, adapter, _ = scene()
+    student.boxes.requires_grad_()
+    student.logits.requires_grad_()
+    losses = method(adapter.spec)(student, taught, labels)
+    inputs = student.logits, student.boxes
+    of_logits, of_boxes = torch.autograd.grad(losses["od_detr_matching_class"], inputs, allow_unused=True)
+    assert of_logits.any() and of_boxes is None
 
 
 def test_bf16_autocast_and_half_inputs():
