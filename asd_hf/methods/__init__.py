@@ -8,6 +8,7 @@ METHODS = {
     "asd": "asd_hf.methods.asd:ASD",
     "index_pairing": "asd_hf.methods.index_pairing:IndexPairing",
     "od_detr": "asd_hf.methods.od_detr:ODDETR",
+    "qskd": "asd_hf.methods.qskd:QSKD",
 }
 
 
