@@ -224,10 +224,9 @@ class DistillationTrainer(Trainer):
         """Student and method are clipped apart: a loud sampler must not shorten the student's step."""
         self.accelerator.unscale_gradients()
         distiller = self.accelerator.unwrap_model(model)
-        if distiller.method is not None:
+        if distiller.method is not None and (own := list(distiller.method.parameters())):
             limit = self.args.method_max_grad_norm
-            limit = self.args.max_grad_norm if limit is None else limit
-            torch.nn.utils.clip_grad_norm_(distiller.method.parameters(), limit)
+            torch.nn.utils.clip_grad_norm_(own, self.args.max_grad_norm if limit is None else limit)
         return torch.nn.utils.clip_grad_norm_(distiller.student.parameters(), self.args.max_grad_norm)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
