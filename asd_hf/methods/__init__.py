@@ -6,7 +6,12 @@ from .combined import CombinedMethod
 
 METHODS = {
     "asd": "asd_hf.methods.asd:ASD",
+    "detrdistill": "asd_hf.methods.detrdistill:DETRDistill",
+    "fgd": "asd_hf.methods.fgd:FGD",
+    "fitnet": "asd_hf.methods.fitnet:FitNet",
     "index_pairing": "asd_hf.methods.index_pairing:IndexPairing",
+    "kd_detr": "asd_hf.methods.kd_detr:KDDETR",
+    "mgd": "asd_hf.methods.mgd:MGD",
     "od_detr": "asd_hf.methods.od_detr:ODDETR",
     "qskd": "asd_hf.methods.qskd:QSKD",
 }
