@@ -14,7 +14,8 @@ class YolosAdapter(DetectorAdapter):
 
     It has one layer of predictions, the last: its heads are trained on nothing else, neither in the original nor in
     Transformers, and earlier layers would read as noise. So a method can distil one layer of it and no more. There is
-    no decoder to ask: detection tokens change what the image's own tokens see.
+    no decoder to ask: detection tokens change what the image's own tokens see. For the same reason it shows no
+    attention: its tokens look at patches that have looked at them.
 
     `features` are the patches as the last layer reads them: what it makes of them itself, no head ever sees. The
     backbone is the patch embedding alone; the transformer behind it is the detector.
