@@ -139,9 +139,9 @@ def _attention(x: Tensor, valid: Tensor, temperature: float) -> tuple[Tensor, Te
 
 
 def _softmax_over_cells(scores: Tensor, valid: Tensor) -> Tensor:
-    """Softmax of (B, 1, H, W) over the valid cells of each image, 0 elsewhere."""
-    scores = scores.masked_fill(valid == 0, torch.finfo(scores.dtype).min)  # finite: an image may have no cell
-    return scores.flatten(2).softmax(-1).view_as(scores) * valid
+    """Softmax of (B, 1, H, W) over the valid cells of each image; even where there is none."""
+    scores = scores.masked_fill(valid == 0, torch.finfo(scores.dtype).min)  # infinity would have no softmax there
+    return scores.flatten(2).softmax(-1).view_as(scores)
 
 
 class GlobalContext(nn.Module):
