@@ -363,7 +363,18 @@ def test_labels_carry_no_gradient():
     assert of_logits.any() and of_boxes is None
 
 
-def test_bf16_autocast_and_half_inputs():
+def test_losses_of_half_predictions_are_fp32():
+    student, taught, labels, adapter, _ = scene()
+    half, same = (
+        [replace(x, logits=x.logits.bfloat16().to(dtype), boxes=x.boxes.bfloat16().to(dtype)) for x in outputs]
+        for outputs in [(student, taught)]
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    losses, expected = method(adapter.spec)(*half, labels), method(adapter.spec)(*same, labels)
+    assert all(losses[term].dtype == torch.float32 and losses[term] == expected[term] for term in MATCHING)
+
+
+def test_bf16_autocast():
     student, taught, labels, adapter, _ = scene()
     exact = method(adapter.spec)(student, taught, labels)
     adapter.model.float()

@@ -395,6 +395,17 @@ def test_bf16_autocast():
         assert rounded[term].item() == pytest.approx(exact[term].item(), rel=0.3), term
 
 
+def test_losses_of_half_predictions_are_fp32():
+    half, same = (
+        [replace(x, logits=x.logits.bfloat16().to(dtype), boxes=x.boxes.bfloat16().to(dtype)) for x in outputs]
+        for outputs in [(predicted(9, 0), predicted(7, 1))]
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    labels, made = labels_of((3, 0, 2)), lapd(specs())
+    losses, expected = made(*half, labels), made(*same, labels)
+    assert all(losses[term].dtype == torch.float32 and losses[term] == expected[term] for term in PREDICTION)
+
+
 # -- configuration ----------------------------------------------------------------------------------------------------
 
 
