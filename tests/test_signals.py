@@ -139,7 +139,9 @@ def test_boxes_follow_from_the_distributions_over_their_sides(name, training):
     sizes = torch.tensor([[width / w, height / h] * 2 for h, w in tiny.SIZES])[:, None]
     project = weighting_function(decoder.max_num_bins, decoder.up, decoder.reg_scale)
     for told, boxes, queries in ((output, initial, 12), (answer, asked, 5)):
-        assert told.sides.shape == (count, 4, queries, 4, adapter.spec.side_bins) == (count, 4, queries, 4, 33)
+        assert told.sides.shape == (count, 4, queries, 4, 33)
+        torch.testing.assert_close(told.side_frames, boxes * sizes)
+        torch.testing.assert_close(torch.tensor(adapter.spec.side_values) * decoder.reg_scale, project)
         for layer in range(count):
             distances = decoder.integral(told.sides[layer].flatten(2), project)
             torch.testing.assert_close(told.boxes[layer], distance2bbox(boxes, distances, decoder.reg_scale) * sizes)
@@ -155,8 +157,9 @@ def test_boxes_follow_from_the_distributions_over_their_sides(name, training):
 def test_only_those_with_distributions_show_them(name):
     adapter = adapter_of(name)
     known = name in ("d_fine", "deimv2")
-    assert ("sides" in adapter.spec.capabilities) == known == bool(adapter.spec.side_bins)
-    assert (ask(adapter, tiny.batch(1)).sides is not None) == known
+    assert ("sides" in adapter.spec.capabilities) == known == bool(adapter.spec.side_values)
+    output = ask(adapter, tiny.batch(1))
+    assert (output.sides is not None) == (output.side_frames is not None) == known
 
 
 # -- where the decoder looks ------------------------------------------------------------------------------------------

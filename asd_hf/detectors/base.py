@@ -36,7 +36,7 @@ class DetectorSpec:
     # A question to `decode`: contents, and ...
     asks_positions: bool = False  # ... position embeddings (B, Q, D), ...
     reference_size: int = 0  # ... references of so many numbers: 2 for points, 4 for boxes, 0 for none
-    side_bins: int = 0  # of `DetectorOutput.sides`
+    side_values: tuple[float, ...] = ()  # what the bins of `DetectorOutput.sides` stand for, rising
 
 
 @dataclass
@@ -52,8 +52,10 @@ class DetectorOutput:
     losses: dict[str, Tensor] | None = None  # Transformers' own, weighted: `DetectorAdapter.own_loss`
     # Canvas (B, H, W) as the model saw it, true where the image is; the tensor that `prepare` gave. Answers have none.
     mask: Tensor | None = None
-    # Logits (L, B, Q, 4, bins) of where the left, top, right and bottom side of a box is: `DFineAdapter`.
+    # Logits (L, B, Q, 4, bins) of how far the left, top, right and bottom side of a box lies outside that of its frame
+    # (B, Q, 4), a box too, in widths and heights of the frame.
     sides: Tensor | None = None
+    side_frames: Tensor | None = None
     attention: Attention | None = None  # of the decoder, once `DetectorAdapter.watch_attention` was called
 
     def map_logits(self, change: Callable[[Tensor], Tensor]) -> DetectorOutput:
@@ -69,6 +71,8 @@ class DetectorOutput:
         output, ask = replace(self, boxes=self.boxes * scale), self.decode
         if self.proposals is not None:
             output.proposals = self.proposals[0], self.proposals[1] * scale
+        if self.side_frames is not None:
+            output.side_frames = self.side_frames * scale
         if ask is not None:
 
             def decode(queries: Tensor, positions: Tensor, references: Tensor) -> DetectorOutput:

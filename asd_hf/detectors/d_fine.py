@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import nn
+from transformers.models.d_fine.modeling_d_fine import weighting_function
 
 from .base import DetectorOutput
 from .rt_detr_v2 import RTDetrV2Adapter
@@ -20,10 +21,9 @@ class DFineAdapter(RTDetrV2Adapter):
     length (boxes with the initial head, side distributions without) from the front: the initial boxes meet the first
     layer's distributions, and the layer before the last has no auxiliary loss.
 
-    `sides` are logits over `spec.side_bins` distances of each side from that of a box which all layers share, the
-    initial head's (section 4.1 of the paper). Each layer adds to the logits of the one before; the output shows the
-    sums, of which the layer's boxes are computed. Distances count in widths and heights of the initial box, so they
-    are the same in every frame.
+    `sides` are logits over distances of each side from that of a box which all layers share, the initial head's
+    (section 4.1 of the paper): `side_frames`. Each layer adds to the logits of the one before; the output shows the
+    sums, of which the layer's boxes are computed.
     """
 
     derived_values = ("head_dim",)
@@ -32,8 +32,10 @@ class DFineAdapter(RTDetrV2Adapter):
 
     def __init__(self, model: nn.Module, processor) -> None:
         super().__init__(model, processor)
-        capabilities = self.spec.capabilities | {"sides"}
-        self.spec = replace(self.spec, capabilities=capabilities, side_bins=model.config.max_num_bins + 1)
+        decoder = model.model.decoder
+        distances = weighting_function(decoder.max_num_bins, decoder.up.float(), decoder.reg_scale.float())
+        values = tuple((distances / decoder.reg_scale.float().abs()).tolist())
+        self.spec = replace(self.spec, capabilities=self.spec.capabilities | {"sides"}, side_values=values)
 
     def _read(self, decoded, noised: int) -> DetectorOutput:
         sides = decoded.intermediate_predicted_corners[:, :, noised:].transpose(0, 1)
@@ -41,7 +43,8 @@ class DFineAdapter(RTDetrV2Adapter):
             decoded.intermediate_logits[:, 1:, noised:].transpose(0, 1),
             decoded.intermediate_reference_points[:, 1:, noised:].transpose(0, 1),
             decoded.intermediate_hidden_states[:, :, noised:].to(self.model.dtype),
-            sides=sides.unflatten(-1, (4, self.spec.side_bins)),
+            sides=sides.unflatten(-1, (4, -1)),
+            side_frames=decoded.intermediate_reference_points[:, 0, noised:].detach(),
         )
 
     @contextmanager
