@@ -18,7 +18,8 @@ def cheapest(cost):
     rows, columns = cost.shape
     if rows > columns:
         return {(i, j) for j, i in cheapest(cost.T)}
-    best = min(permutations(range(columns), rows), key=lambda p: sum(cost[i, j].item() for i, j in enumerate(p)))
+    cost = cost.tolist()
+    best = min(permutations(range(columns), rows), key=lambda p: sum(cost[i][j] for i, j in enumerate(p)))
     return set(enumerate(best))
 
 

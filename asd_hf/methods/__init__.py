@@ -6,6 +6,7 @@ from .combined import CombinedMethod
 
 METHODS = {
     "asd": "asd_hf.methods.asd:ASD",
+    "clockdistill": "asd_hf.methods.clockdistill:CLoCKDistill",
     "detrdistill": "asd_hf.methods.detrdistill:DETRDistill",
     "fgd": "asd_hf.methods.fgd:FGD",
     "fitnet": "asd_hf.methods.fitnet:FitNet",
@@ -13,6 +14,7 @@ METHODS = {
     "kd_detr": "asd_hf.methods.kd_detr:KDDETR",
     "mgd": "asd_hf.methods.mgd:MGD",
     "od_detr": "asd_hf.methods.od_detr:ODDETR",
+    "pseudo_labels": "asd_hf.methods.pseudo_labels:PseudoLabels",
     "qskd": "asd_hf.methods.qskd:QSKD",
 }
 
