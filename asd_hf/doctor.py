@@ -208,11 +208,13 @@ def _counts(parts: Parts, name: str, how: str) -> tuple[str, ...] | None:
 def _method(parts: Parts) -> tuple[str, ...] | None:
     if parts.method is None:
         return None
-    needs = ", ".join(sorted(parts.method.requires)) or "boxes and classes alone"
-    own = sum(p.numel() for p in parts.method.parameters())
+    method = parts.method
+    needs = ", ".join(sorted(method.requires | method.teacher_requires)) or "boxes and classes alone"
+    own = sum(p.numel() for p in method.parameters())
     text = f"{parts.run.method_name} needs {needs}; {own / 1e6:.2f}M parameters of its own"
-    if "attention" in parts.method.requires:
-        return ADAPTED, f"{text}; attention is computed step by step (eager), for fused kernels do not show it"
+    watched = {"both": method.requires, "the teacher": method.teacher_requires}
+    if roles := [role for role, signals in watched.items() if "attention" in signals]:
+        return ADAPTED, f"{text}; attention of {roles[0]} is computed step by step (eager): fused kernels hide it"
     return OK, text
 
 

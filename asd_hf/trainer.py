@@ -118,8 +118,9 @@ class DistillationTrainer(Trainer):
         if self.teacher is not None:
             self.teacher.model.requires_grad_(False).eval().to(args.device)
             if "attention" in method.requires:
-                for adapter in (student, self.teacher):
-                    adapter.watch_attention()
+                student.watch_attention()
+            if "attention" in method.requires | method.teacher_requires:
+                self.teacher.watch_attention()
         if args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         self._scalars: dict[str, list[Tensor]] = defaultdict(list)

@@ -415,11 +415,15 @@ def test_registered():
 
 def test_what_it_requires():
     spec = specs()
-    with pytest.raises(UserError, match="needs attention, features of the student"):
+    with pytest.raises(UserError, match="needs features of the student"):
         QSKD(QSKDConfig(), spec, spec)
-    assert QSKD(QSKDConfig(feature_weight=0), spec, spec).requires == frozenset()
+    maps = replace(spec, capabilities=frozenset({"features"}))
+    with pytest.raises(UserError, match="needs attention of the teacher"):
+        QSKD(QSKDConfig(), maps, maps)
+    plain = QSKD(QSKDConfig(feature_weight=0), spec, spec)
+    assert plain.requires == plain.teacher_requires == frozenset()
     able = replace(spec, capabilities=frozenset({"attention", "features"}))
-    made = QSKD(QSKDConfig(class_weight=0, box_weight=0, giou_weight=0), able, able)
+    made = QSKD(QSKDConfig(class_weight=0, box_weight=0, giou_weight=0), maps, able)
     assert not made.config.predicts and not list(made.parameters())
 
 

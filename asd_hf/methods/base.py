@@ -49,11 +49,13 @@ class DistillationMethod(nn.Module):
         requires: capabilities that both detectors must have (see `DetectorSpec`); a property where it depends on
             `config`. A method that requires nothing reaches the student through the predictions of its own queries
             alone.
+        teacher_requires: capabilities that the teacher must have beyond those.
         paper: title, id and BibTeX of the source, for the model card.
     """
 
     config_class: type[MethodConfig]
     requires: frozenset[str] = frozenset()
+    teacher_requires: frozenset[str] = frozenset()
     paper: dict[str, str] = {}
 
     def __init__(self, config: MethodConfig, student: DetectorSpec, teacher: DetectorSpec) -> None:
@@ -62,11 +64,14 @@ class DistillationMethod(nn.Module):
         self.class_names = student.class_names
         self.step = 0  # optimizer steps done so far, set by the trainer; schedules and random draws read it
         self.statistics: dict[str, Tensor] = {}  # detached scalars of the last call: logged, never optimised
-        for role, spec in (("student", student), ("teacher", teacher)):
-            if missing := self.requires - spec.capabilities:
+        name, needed = type(self).__module__.rpartition(".")[2], self.requires
+        for role, spec, capabilities in (
+            ("student", student, needed),
+            ("teacher", teacher, needed | self.teacher_requires),
+        ):
+            if missing := capabilities - spec.capabilities:
                 raise UserError(
-                    f"{type(self).__name__} needs {', '.join(sorted(missing))} of the {role}, "
-                    f"which {spec.family} cannot give"
+                    f"{name} needs {', '.join(sorted(missing))} of the {role}, which {spec.family} cannot give"
                 )
 
     @property

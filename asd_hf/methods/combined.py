@@ -34,6 +34,10 @@ class CombinedMethod(nn.Module):
         return frozenset().union(*(method.requires for method in self.methods))
 
     @property
+    def teacher_requires(self) -> frozenset[str]:
+        return frozenset().union(*(method.teacher_requires for method in self.methods))
+
+    @property
     def settled_at(self) -> int:
         return max(method.settled_at for method in self.methods)
 

@@ -23,6 +23,8 @@ class QSKDConfig(MethodConfig):
 
     layers: int | None = option(None, "Last decoder layers of the student to distil; null: all")
     giou_threshold: float = option(0.0, "GIoU with an object above which an unmatched query is a hard negative")
+    # At this weight each layer starts at about 1 on canvases of 640 x 640 pixels, where attention covers few of many
+    # cells, and at 15 on the packaged shapes of 64 x 64: set less where images are small.
     feature_weight: float = option(100.0, "Attention-guided feature distillation: mean over cells, for each layer")
     class_weight: float = option(1.0, "Local prediction distillation: class divergence, mean over pairs")
     box_weight: float = option(5.0, "Local prediction distillation: L1, mean over pairs")
@@ -94,7 +96,11 @@ class QSKD(DistillationMethod):
 
     @property
     def requires(self) -> frozenset[str]:
-        return frozenset({"features", "attention"} if self.config.feature_weight else ())
+        return frozenset({"features"} if self.config.feature_weight else ())
+
+    @property
+    def teacher_requires(self) -> frozenset[str]:
+        return frozenset({"attention"} if self.config.feature_weight else ())
 
     def compare(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
         config = self.config
