@@ -93,6 +93,7 @@ def test_both_answer_the_same_questions(pair):
     ours, theirs = ask_both(student, teacher, batch())
     method(ours, theirs, [])
     ((general, answer),) = theirs.asked
+    assert not answer.logits.requires_grad  # no graph is kept of the teacher's decoder
     own = theirs.decode.own
     for asked, (question, told) in zip(ours.asked, ((general, answer), (own, theirs)), strict=True):
         for tensor, expected in zip(asked[0], method.translate(question, told), strict=True):
@@ -190,7 +191,7 @@ def test_options_that_cannot_be(options, message):
 
 def test_pairs_that_cannot_be():
     detr, yolos = detector("detr"), detector("yolos")
-    with pytest.raises(UserError, match="KDDETR needs decode of the teacher, which yolos cannot give"):
+    with pytest.raises(UserError, match="needs decode of the teacher, which yolos cannot give"):
         KDDETR(KDDETRConfig(), *specs(detr, yolos))
     with pytest.raises(UserError, match="needs a class head of sigmoids, detr has a softmax: set method.divergence"):
         KDDETR(KDDETRConfig(divergence="bernoulli"), *specs(detr, detr))

@@ -89,6 +89,7 @@ class KDDETR(DistillationMethod):
         "  author={Wang, Yu and Li, Xin and Weng, Shengzhao and Zhang, Gang and Yue, Haixiao and Feng, Haocheng and "
         "Han, Junyu and Ding, Errui},\n"
         "  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},\n"
+        "  pages={16016--16025},\n"
         "  year={2024}\n"
         "}",
     }
