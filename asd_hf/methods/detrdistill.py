@@ -238,8 +238,7 @@ class DETRDistill(DistillationMethod):
         scores, best = scores.topk(min(self.config.top_predictions, scores.shape[-1]))  # (N, B, K)
         query = best // num_classes
         _, objects, there = pad_labels(labels)
-        iou = box_iou(boxes[..., None, :], objects.to(boxes)[:, None])  # (N, B, T, G)
-        iou = iou.masked_fill(~there[:, None], 0).amax(-1)
+        iou = box_iou(boxes[..., None, :], objects.to(boxes)[:, None]).amax(-1)  # (N, B, T), 0 with padding
         iou = torch.where(there.any(-1)[:, None], iou, 1)  # without objects the score alone counts
         quality = scores * iou.gather(-1, query)
         return (quality[..., None] * _take(F.normalize(states, dim=-1), query)).sum(2)

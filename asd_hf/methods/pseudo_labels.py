@@ -85,7 +85,8 @@ class PseudoLabels(DistillationMethod):
         )
 
     def compare(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
-        losses = self.criterion(replace(student, proposals=None), self._labels_of(teacher, labels))
+        student = replace(student, proposals=None)  # the decoder's layers alone
+        losses = self.criterion(student, self._labels_of(teacher, labels))
         return {
             "pseudo_labels_class": losses["loss_ce"],
             "pseudo_labels_box": losses["loss_bbox"],
@@ -108,9 +109,9 @@ class PseudoLabels(DistillationMethod):
             best = batched_nms(corners.flatten(0, 1), scores.double().flatten(), apart.flatten(), config.nms_iou)
             taken &= torch.zeros_like(taken).flatten().index_fill(0, best, True).view_as(taken)
         if config.skip_known_iou is not None:
-            _, known, there = pad_labels(labels)
+            _, known, _ = pad_labels(labels)  # padding overlaps nothing
             iou = box_iou(boxes[:, :, None], known.to(boxes)[:, None])  # (B, Q, G)
-            taken &= ~(there[:, None] & (iou > config.skip_known_iou)).any(-1)
+            taken &= (iou <= config.skip_known_iou).all(-1)
         order = scores.masked_fill(~taken, -1).argsort(1, descending=True)[:, : config.max_labels]
         counts = taken.sum(1).clamp(max=order.shape[1])
         self.statistics = {"pseudo_labels/per_image": counts.double().mean()}
