@@ -46,7 +46,7 @@ UNEQUAL = [pair for pair in PAIRS if pair not in ("alike", "sides")]
 NO_DECODER = {"no decoder": "which yolos cannot give"}
 REFUSED: dict[str, dict[str, str]] = {  # method -> pair -> a part of the reason
     "asd": {"no decoder": "the teacher has 1 decoder layers"},
-    "clockdistill": NO_DECODER,
+    "clockdistill": NO_DECODER | dict.fromkeys(("one map", "softmax"), "takes no references"),
     "d3etr": NO_DECODER,
     "detrdistill": NO_DECODER,
     "index_pairing": dict.fromkeys(UNEQUAL, "set model.student.num_queries"),
@@ -162,7 +162,8 @@ def test_equal_teacher_and_student_have_nothing_to_imitate(name):
     teacher = make_detector("deformable_detr", 1)
     method, shared = make_method(name, student, teacher)
     for term, loss in compare(method, shared, student, teacher, tiny.batch(3)).items():
-        assert loss.abs() > 1e-5, term  # and other teachers have something
+        # Other teachers have something; though no query of this one has a box as near to an object as LD's region asks.
+        assert loss.abs() > 1e-5 or term == "ld_region", term
 
 
 @pytest.mark.parametrize("name", METHODS)
