@@ -23,10 +23,14 @@ def detector(name, seed=0, **values):
     return adapter
 
 
-def ask_both(student, teacher, batch):
-    """Both outputs as a method sees them; `asked` on each is the list of (question, answer) so far."""
+def ask_both(student, teacher, batch, view=None):
+    """Both outputs as a method sees them; `asked` on each is the list of (question, answer) so far.
+
+    The teacher sees another `view` of the images if there is one.
+    """
     shared = SharedClasses(student.spec, teacher.spec)
-    ours, theirs = (adapter(batch["pixel_values"], batch["pixel_mask"]) for adapter in (student, teacher))
+    views = (student, batch), (teacher, view or batch)
+    ours, theirs = (adapter(x["pixel_values"], x["pixel_mask"]) for adapter, x in views)
     ours, theirs = shared.student(ours), shared.teacher(theirs)
     for output in (ours, theirs):
         write_down(output)

@@ -7,11 +7,13 @@ from .combined import CombinedMethod
 METHODS = {
     "asd": "asd_hf.methods.asd:ASD",
     "clockdistill": "asd_hf.methods.clockdistill:CLoCKDistill",
+    "d3etr": "asd_hf.methods.d3etr:D3ETR",
     "detrdistill": "asd_hf.methods.detrdistill:DETRDistill",
     "fgd": "asd_hf.methods.fgd:FGD",
     "fitnet": "asd_hf.methods.fitnet:FitNet",
     "index_pairing": "asd_hf.methods.index_pairing:IndexPairing",
     "kd_detr": "asd_hf.methods.kd_detr:KDDETR",
+    "ld": "asd_hf.methods.ld:LD",
     "mgd": "asd_hf.methods.mgd:MGD",
     "od_detr": "asd_hf.methods.od_detr:ODDETR",
     "pseudo_labels": "asd_hf.methods.pseudo_labels:PseudoLabels",
