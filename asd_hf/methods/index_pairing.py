@@ -30,9 +30,12 @@ class IndexPairing(DistillationMethod):
     A control and no published method. Queries of two detectors are in no common order, unless the student starts from
     the teacher's weights (`model.student.copy_weights`): any other must give up its order.
 
-    Source: the losses are those of DETRDistill (Chang et al., ICCV 2023, arXiv 2211.10156) with its matching left out.
+    Source: the losses of predictions of DETRDistill (Chang et al., ICCV 2023, arXiv 2211.10156), weights as in its code.
 
     Requires: as many queries in the student as in the teacher. No decoder access, no features, no labels.
+
+    Differs from the paper in: nothing is matched, and its imitation of features and its assignment are left out. The
+    class loss is less the teacher's entropy: the same gradient.
 
     With equal predictions the losses are 0, those of the boxes only where all boxes lie in the image or with
     `clip_boxes: false`.
