@@ -61,13 +61,14 @@ def pair_costs(
         student, teacher: logits (..., S, C) and boxes (..., S, 4); logits (..., T, C) and boxes (..., T, 4).
     """
     (s_logits, s_boxes), (t_logits, t_boxes) = student, teacher
-    # As products of matrices, so that no (S, T, C) arises.
+    # Products of matrices and `cdist`, so that no (S, T, C) arises.
     if softmax:
         classes = -s_logits.log_softmax(-1) @ t_logits.softmax(-1).transpose(-1, -2)
     else:
         classes = F.softplus(s_logits).sum(-1, keepdim=True) - s_logits @ t_logits.sigmoid().transpose(-1, -2)
-    l1, giou = box_distances(s_boxes[..., :, None, :], t_boxes[..., None, :, :])
-    return class_cost * classes + bbox_cost * l1 + giou_cost * giou
+    l1 = torch.cdist(s_boxes, t_boxes, p=1)
+    giou = generalized_iou(cxcywh_to_xyxy(s_boxes)[..., :, None, :], cxcywh_to_xyxy(t_boxes)[..., None, :, :])
+    return class_cost * classes + bbox_cost * l1 + giou_cost * (1 - giou)
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:

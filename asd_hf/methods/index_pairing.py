@@ -30,7 +30,7 @@ class IndexPairing(DistillationMethod):
     A control and no published method. Queries of two detectors are in no common order, unless the student starts from
     the teacher's weights (`model.student.copy_weights`): any other must give up its order.
 
-    Source: the losses of predictions of DETRDistill (Chang et al., ICCV 2023, arXiv 2211.10156), weights as in its code.
+    Source: the losses of predictions, and their weights, of DETRDistill (Chang et al., ICCV 2023, arXiv 2211.10156).
 
     Requires: as many queries in the student as in the teacher. No decoder access, no features, no labels.
 
