@@ -420,7 +420,8 @@ def test_what_it_requires():
     maps = replace(spec, capabilities=frozenset({"features"}))
     with pytest.raises(UserError, match="needs attention of the teacher"):
         QSKD(QSKDConfig(), maps, maps)
-    plain = QSKD(QSKDConfig(feature_weight=0), spec, spec)
+    plain = QSKD(QSKDConfig(feature_weight=0), spec, replace(spec, hidden_size=16))
+    assert not list(plain.parameters())  # no convolution that would have no gradient
     assert plain.requires == plain.teacher_requires == frozenset()
     able = replace(spec, capabilities=frozenset({"attention", "features"}))
     made = QSKD(QSKDConfig(class_weight=0, box_weight=0, giou_weight=0), maps, able)
