@@ -18,7 +18,7 @@ ONLY_QUESTIONS = {"foreground_weight": 0.0, "background_weight": 0.0}
 PAIRS = {  # student, teacher and the classes that it knows
     "other numbers": ("deformable_detr", "other", ("kite", "cat", "owl")),
     "points teach boxes": ("rt_detr", "deformable_detr", tiny.CLASSES),
-    "boxes teach points": ("deformable_detr_refine", "lw_detr", tiny.CLASSES),
+    "boxes teach points": ("deformable_detr_refine", "deformable_detr_two_stage", tiny.CLASSES),
 }
 
 
@@ -174,6 +174,7 @@ def test_both_are_asked_at_the_objects(pair):
         at = boxes[:, : references.shape[-1]]
         torch.testing.assert_close(references[0, :3], at)
         torch.testing.assert_close(references[2, :1], data["labels"][2]["boxes"][:, : references.shape[-1]])
+        assert not torch.isclose(references[2, 1:], references[2, :1]).any()
         moved = references[0, 3:6]
         assert not torch.isclose(moved, at).any()
         assert ((moved - at)[:, :2].abs() <= 0.2 * boxes[:, 2:]).all()
@@ -186,11 +187,18 @@ def test_both_are_asked_at_the_objects(pair):
 
 def test_sizes_are_moved_too_and_stay_in_the_image():
     data = batch()
+    data["labels"][0]["boxes"][1] = torch.tensor([0.6, 0.6, 0.8, 0.8])
     references = questions("points teach boxes", data, points=303, jitter=0.9)[1][2]
-    assert (references >= 0).all() and (references <= 1).all()
-    moved = references[0, 3:].view(100, 3, 4)[..., 2:]
-    factors = (moved / data["labels"][0]["boxes"][:, 2:])[moved < 1]
-    assert 0.1 <= factors.min() < 0.2 and 1.5 < factors.max() <= 1.9 and abs(factors.mean() - 1) < 0.15
+    assert references.min() > 0 and references.max() == 1
+    assert (references[1] == 0.5).all()  # without objects, for no loss: a box that every decoder can take
+    boxes, moved = data["labels"][0]["boxes"], references[0, 3:].view(100, 3, 4)
+    factors = moved[..., 2:] / boxes[:, 2:]
+    shifts = 2 * (moved - boxes)[..., :2] / boxes[:, 2:]
+    whole = ((moved > 0) & (moved < 1)).all(-1)
+    for noise in (factors[whole] - 1, shifts[whole]):
+        assert -0.9 <= noise.min() < -0.8 and 0.6 < noise.max() <= 0.9 and abs(noise.mean()) < 0.15
+    draws = torch.cat([factors, shifts], -1)[whole]
+    assert (torch.corrcoef(draws.T) - torch.eye(4)).abs().max() < 0.3  # each of the four has its own
 
 
 def test_position_embeddings_are_those_of_the_nearest_of_the_teachers_queries():
