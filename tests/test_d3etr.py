@@ -198,17 +198,17 @@ def test_gradient_reaches_student_and_adapters_and_not_the_teacher(pair, distanc
     ours, theirs = ask_both(student, teacher, batch(2))
     places = [p for p in student.model.parameters() if p.requires_grad]
     targets = [p for p in teacher.model.parameters() if p.requires_grad]
-    learnt = list(method.parameters())
-    for term, loss in method(ours, theirs, []).items():
+    losses = method(ours, theirs, [])
+    for term, loss in losses.items():
         gradients = torch.autograd.grad(loss, places, retain_graph=True, allow_unused=True)
         assert all(g is None or g.isfinite().all() for g in gradients), term
         # Where sampling offsets and weights start at zeros, attention to the image has no gradient beyond them.
         reached = sum(g is not None and g.any().item() for g in gradients)
-        assert reached > (10 if "cross_attention" in term else len(places) / 3), term
+        assert reached > (5 if "cross_attention" in term else len(places) / 3), term
         gradients = torch.autograd.grad(loss, targets, retain_graph=True, allow_unused=True)
         assert all(g is None for g in gradients), term
-        if "fixed" in term and learnt:
-            assert all(g.any() for g in torch.autograd.grad(loss, learnt, retain_graph=True)), term
+    if learnt := list(method.parameters()):
+        assert all(g.any() for g in torch.autograd.grad(sum(losses.values()), learnt))
 
 
 def test_single_precision_with_attention_of_exact_zeros():
