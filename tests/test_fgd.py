@@ -224,7 +224,7 @@ def test_precision_is_full_under_autocast():
 
 
 def test_refusals():
-    with pytest.raises(UserError, match="FGD needs features of the student, which detr cannot give"):
+    with pytest.raises(UserError, match="fgd needs features of the student, which detr cannot give"):
         method(student=spec(family="detr", capabilities=frozenset()))
     with pytest.raises(UserError, match="method.temperature must be above 0, not 0"):
         FGDConfig(temperature=0.0)

@@ -99,7 +99,7 @@ def test_two_ranks_are_one():
 
 
 def test_a_detector_without_maps_is_refused():
-    with pytest.raises(UserError, match="FitNet needs features of the teacher, which detr cannot give"):
+    with pytest.raises(UserError, match="fitnet needs features of the teacher, which detr cannot give"):
         method(teacher=spec(family="detr", capabilities=frozenset()))
     with pytest.raises(UserError, match="method.features_weight must be 0 or above"):
         FitNetConfig(features_weight=-1.0)

@@ -210,7 +210,7 @@ def test_a_mask_leaves_something(ratio):
 
 
 def test_a_detector_without_maps_is_refused():
-    with pytest.raises(UserError, match="MGD needs features of the student, which detr cannot give"):
+    with pytest.raises(UserError, match="mgd needs features of the student, which detr cannot give"):
         method(student=spec(family="detr", capabilities=frozenset()))
 
 
