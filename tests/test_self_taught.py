@@ -1,0 +1,87 @@
+"""A student that is taught by its own moving average, and by several methods at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from asd_hf.build import Parts
+from asd_hf.config import build_config
+from asd_hf.doctor import check
+from asd_hf.errors import UserError
+from asd_hf.trainer import METHOD_WEIGHTS
+from tests.tiny_run import configuration, write_places
+
+SELF_TAUGHT = [
+    {"name": "od_detr", "ramp_steps": 0},
+    {"name": "asd", "hidden_dim": 16, "key_dim": 16, "ramp_steps": 0},
+    {"name": "mgd", "weight": 0.5},
+]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    return write_places(tmp_path_factory.mktemp("self_taught"))
+
+
+def values_of(places, folder, **training):
+    options = {"output_dir": str(folder), "ema_decay": 0.9, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-3}
+    values = configuration(places, teacher=None, **options | training)
+    values["model"]["teacher"] = "ema"
+    return values | {"method": SELF_TAUGHT}
+
+
+def trained(values, resume=None):
+    torch.manual_seed(0)
+    parts = Parts(build_config(values))
+    trainer = parts.trainer()
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def test_the_teacher_is_the_moving_average_and_a_run_resumes_exactly(places, tmp_path):
+    whole = trained(values_of(places, tmp_path / "whole"))
+    assert whole.teacher.model is whole.ema.model and not whole.teacher.model.training
+    rows = [row for row in whole.state.log_history if "loss" in row]
+    terms = ("od_detr_matching_class", "od_detr_box", "od_detr_auxiliary_box", "asd_box", "mgd_generation")
+    assert all(f"loss/{term}" in row for row in rows for term in terms)
+    assert rows[0]["loss/od_detr_box"] == pytest.approx(0, abs=1e-5) and rows[-1]["loss/od_detr_box"] > 1e-4
+
+    values = values_of(places, tmp_path / "whole")
+    again = trained(values, resume=str(tmp_path / "whole" / "checkpoint-2"))
+    for ours, theirs in ((whole.model, again.model), (whole.ema.model, again.ema.model)):
+        expected, state = ours.state_dict(), theirs.state_dict()
+        assert expected.keys() == state.keys() and all(torch.equal(expected[key], state[key]) for key in expected)
+    assert (tmp_path / "whole" / "checkpoint-2" / METHOD_WEIGHTS).is_file()
+
+
+def test_doctor_and_train_know_a_student_that_teaches_itself(places, tmp_path):
+    parts = Parts(build_config(values_of(places, tmp_path)))
+    found = {finding.topic: finding for finding in check(parts)}
+    assert found["teacher"].text == "the student's own moving average, of decay 0.9"
+    assert found["method"].text.startswith("od_detr+asd+mgd needs decode, features;")
+    assert parts.under({}, None).method is None and parts.under({}, None).run.model.teacher is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"training": {"ema_decay": 0.0}}, "model.teacher is the student's moving average: set training.ema_decay"),
+        ({"method": {}}, "model.teacher teaches by a method: set method.name"),
+        ({"model": {"class_map": {"cat": "puma"}}}, "class_map"),
+        ({"model": {"student": {"base": "teacher"}}}, "there is no model.teacher"),
+    ],
+)
+def test_mistakes_are_one_line(places, tmp_path, change, message):
+    values = values_of(places, tmp_path)
+    for section, part in change.items():
+        values[section] = values[section] | part if part else {}
+    with pytest.raises(UserError, match=message) as caught:
+        Parts(build_config(values)).trainer()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pretrained_teacher_cannot_stand_in_for_the_moving_average(places, tmp_path):
+    values = configuration(places, output_dir=str(tmp_path)) | {"method": "od_detr"}
+    with pytest.raises(UserError, match="set model.teacher: ema and training.ema_decay"):
+        Parts(build_config(values)).trainer()
