@@ -89,10 +89,14 @@ class Distiller(nn.Module):
             terms = {"distillation": sum(imitation.values()), "detection": sum(task.values())}
             terms = imitation | terms if measure_gradients == "terms" else terms
             beyond = self.criterion is None or self.method.requires
-            place = student.features if beyond else [student.logits, student.boxes]
+            place = self._parameters_outside_the_backbone() if beyond else [student.logits, student.boxes]
             norms = {name: _gradient_norm(loss, place) for name, loss in terms.items()}
         losses = task | imitation
         return DistillerOutput(sum(losses.values()), losses, norms)
+
+    def _parameters_outside_the_backbone(self) -> list[Tensor]:
+        backbone = {id(p) for p in self.adapter.backbone.parameters()}
+        return [p for p in self.student.parameters() if p.requires_grad and id(p) not in backbone]
 
 
 def _gradient_norm(loss: Tensor, place: list[Tensor]) -> Tensor:
