@@ -50,12 +50,14 @@ class DistillationMethod(nn.Module):
             `config`. A method that requires nothing reaches the student through the predictions of its own queries
             alone.
         teacher_requires: capabilities that the teacher must have beyond those.
+        self_taught: the teacher must be the student's own moving average (`model.teacher: ema`).
         paper: title, id and BibTeX of the source, for the model card.
     """
 
     config_class: type[MethodConfig]
     requires: frozenset[str] = frozenset()
     teacher_requires: frozenset[str] = frozenset()
+    self_taught = False
     paper: dict[str, str] = {}
 
     def __init__(self, config: MethodConfig, student: DetectorSpec, teacher: DetectorSpec) -> None:

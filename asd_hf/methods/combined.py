@@ -23,11 +23,15 @@ class CombinedMethod(nn.Module):
 
     def __init__(self, methods: Mapping[str, DistillationMethod]) -> None:
         super().__init__()
-        self.names = tuple(methods)
-        self.methods = nn.ModuleList(methods.values())
+        # By name, so that a checkpoint finds its own; a module's name has no dots, as "package.module:Class" may.
+        self.by_name = nn.ModuleDict({name.replace(".", "/"): method for name, method in methods.items()})
         self.class_names = self.methods[0].class_names
         if any(method.class_names != self.class_names for method in self.methods):
-            raise UserError(f"{', '.join(self.names)} were made for different classes and cannot be combined")
+            raise UserError(f"{', '.join(methods)} were made for different classes and cannot be combined")
+
+    @property
+    def methods(self) -> list[DistillationMethod]:
+        return list(self.by_name.values())
 
     @property
     def requires(self) -> frozenset[str]:
@@ -36,6 +40,10 @@ class CombinedMethod(nn.Module):
     @property
     def teacher_requires(self) -> frozenset[str]:
         return frozenset().union(*(method.teacher_requires for method in self.methods))
+
+    @property
+    def self_taught(self) -> bool:
+        return any(method.self_taught for method in self.methods)
 
     @property
     def settled_at(self) -> int:

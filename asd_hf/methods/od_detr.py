@@ -80,6 +80,7 @@ class ODDETR(DistillationMethod):
     """
 
     config_class = ODDETRConfig
+    self_taught = True
     paper = {
         "title": "OD-DETR: Online Distillation for Stabilizing Training of Detection Transformer",
         "id": "arXiv 2406.05791",
