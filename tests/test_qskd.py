@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from asd_hf.detectors import get_adapter
-from asd_hf.detectors.base import DetectorOutput
+from asd_hf.detectors.attention import Attention, sampled_look
+from asd_hf.detectors.base import DetectorOutput, DetectorSpec
 from asd_hf.errors import UserError
 from asd_hf.methods import get_method, qskd
 from asd_hf.methods.qskd import QSKD, QSKDConfig
@@ -117,6 +118,13 @@ def predictions(student, teacher, labels, layers, threshold=0.0, is_softmax=Fals
     return total, sizes
 
 
+def valid(mask, size):
+    """Cells (y, x) of a map of `size` whose centres lie in the image, of its mask (H, W)."""
+    (height, width), (rows, columns) = size, mask.shape
+    cells = [(y, x) for y in range(height) for x in range(width)]
+    return [(y, x) for y, x in cells if mask[int((y + 0.5) / height * rows), int((x + 0.5) / width * columns)]]
+
+
 def features(student, teacher, labels, layers, levels, project, threshold=0.0, is_softmax=False):
     """AGFD without weight; `levels`: (student level, teacher level) of one stride; `project`: maps (D, H, W)."""
     loss, num_images = 0.0, len(labels)
@@ -129,22 +137,20 @@ def features(student, teacher, labels, layers, levels, project, threshold=0.0, i
                 alone[layer, image, q] = 1
                 for mask, look in zip(masks, teacher.attention.look(alone), strict=True):
                     mask += (1 + overlap) * look[layer, image]
-            peak = max(mask.max().item() for mask in masks)
-            total, cells = 0.0, 0
+            cells = [
+                (level, y, x) for level, mask in enumerate(masks) for y, x in valid(teacher.mask[image], mask.shape)
+            ]
+            peak = max(masks[level][y, x].item() for level, y, x in cells)
+            total, count = 0.0, 0
             for number, (ours, theirs) in enumerate(levels):
                 s_map, t_map = project(number, student.features[ours][image]), teacher.features[theirs][image]
-                height, width = t_map.shape[1:]
-                for y in range(height):
-                    for x in range(width):
-                        row = int((y + 0.5) / height * teacher.mask.shape[1])
-                        column = int((x + 0.5) / width * teacher.mask.shape[2])
-                        if teacher.mask[image, row, column]:
-                            share = masks[theirs][y, x].item() / peak if peak else 0.0
-                            cell = zip(s_map[:, y, x].tolist(), t_map[:, y, x].tolist(), strict=True)
-                            squares = [(share * s - share * t) ** 2 for s, t in cell]
-                            total += sum(squares) / len(squares)
-                            cells += 1
-            loss += total / cells / num_images
+                for y, x in valid(inside, t_map.shape[1:]):
+                    share = masks[theirs][y, x].item() / peak if peak else 0.0
+                    cell = zip(s_map[:, y, x].tolist(), t_map[:, y, x].tolist(), strict=True)
+                    squares = [(share * s - share * t) ** 2 for s, t in cell]
+                    total += sum(squares) / len(squares)
+                    count += 1
+            loss += total / count / num_images
     return loss
 
 
@@ -348,6 +354,32 @@ def test_golden_features(name):
     with torch.no_grad():
         expected["qskd_feature"] = features(student, teacher, labels, layers, levels, project, -0.7, is_softmax)
         check(made(student, teacher, labels), expected)
+
+
+def test_padding_changes_nothing():
+    """Queries look beyond the border of the image, where a wider canvas has cells of padding."""
+    spec = DetectorSpec(
+        "any", 8, ("a", "b", "c"), 1, 4, (8,), (0.0,) * 3, (1.0,) * 3, "sigmoid", frozenset({"features", "attention"})
+    )
+    made, labels = method(spec, spec), labels_of((2,))
+    g = torch.Generator().manual_seed(0)
+    maps = torch.randn(2, 1, 8, 8, 8, generator=g, dtype=torch.float64)
+    points = torch.rand(1, 1, 4, 2, 6, 2, generator=g, dtype=torch.float64) * 0.4 + torch.tensor([0.85, 0.3]).double()
+    shares, found = torch.full((1, 1, 4, 2, 6), 1 / 6, dtype=torch.float64), []
+    for times in (1, 2):
+        mask = torch.arange(64 * times).expand(1, 64, -1) < 64
+        look = sampled_look([points / torch.tensor([times, 1.0])], [shares], [(8, 8 * times)])
+        pair = (
+            replace(
+                predicted(4, seed, num_layers=1, num_images=1),
+                features=[torch.nn.functional.pad(maps[seed], (0, 8 * times - 8))],
+                mask=mask,
+                attention=Attention(shares[..., 0, :4], look),
+            )
+            for seed in (0, 1)
+        )
+        found.append(made(*pair, labels)["qskd_feature"].item())
+    assert found[0] == pytest.approx(found[1], rel=1e-12) and found[0] > 0.1
 
 
 def test_equal_maps_agree():

@@ -11,7 +11,7 @@ from ..criterion import DetectionCriterion
 from ..detectors.base import DetectorOutput, DetectorSpec, sum_over_ranks
 from ..distances import box_distances, class_divergence
 from ..errors import UserError
-from ..features import AlignedMaps
+from ..features import AlignedMaps, valid_cells
 from ..ops import cxcywh_to_xyxy, generalized_iou
 from ..targets import pad_labels
 from .base import DistillationMethod, MethodConfig, align_layers, check_layers, full, option
@@ -69,9 +69,9 @@ class QSKD(DistillationMethod):
 
     Differs from the paper in (as far as we know it): feature maps are those before the encoder; pairing by rank is our
     reading of "local alignment". From TPRD in: hard negatives are paired within their object and not by a Hungarian
-    match over the image; a layer's queries go with the same layer's attention; the mask is divided by its maximum,
-    however small; the class term lacks the teacher's entropy, so equal predictions give 0; means over pairs are over
-    those of all ranks.
+    match over the image; a layer's queries go with the same layer's attention; the mask is divided by its maximum
+    on the image, however small; the class term lacks the teacher's entropy, so equal predictions give 0; means over
+    pairs are over those of all ranks.
     """
 
     config_class = QSKDConfig
@@ -157,6 +157,8 @@ class QSKD(DistillationMethod):
             weights[layer] = weight
         looks = [full(look.detach()) for look in teacher.attention.look(weights)]
         looks = [torch.stack([look[layer] for layer in layers]) for look in looks]  # (L, B, H, W) a level
+        # What falls on padding is no peak: on another canvas it would be another one.
+        looks = [look * valid_cells(teacher.mask, look.shape[2:])[:, 0] for look in looks]
         peak = torch.stack([look.amax((2, 3)) for look in looks]).amax(0)  # (L, B)
         peak = peak.clamp(min=torch.finfo(peak.dtype).tiny)[..., None, None]
         shares = [((look / peak) ** 2).sum(0)[:, None] for look in looks]  # (B, 1, H, W) a level
