@@ -137,10 +137,8 @@ def features(student, teacher, labels, layers, levels, project, threshold=0.0, i
                 alone[layer, image, q] = 1
                 for mask, look in zip(masks, teacher.attention.look(alone), strict=True):
                     mask += (1 + overlap) * look[layer, image]
-            cells = [
-                (level, y, x) for level, mask in enumerate(masks) for y, x in valid(teacher.mask[image], mask.shape)
-            ]
-            peak = max(masks[level][y, x].item() for level, y, x in cells)
+            inside = teacher.mask[image]
+            peak = max(mask[cell].item() for mask in masks for cell in valid(inside, mask.shape))
             total, count = 0.0, 0
             for number, (ours, theirs) in enumerate(levels):
                 s_map, t_map = project(number, student.features[ours][image]), teacher.features[theirs][image]
