@@ -27,8 +27,9 @@ class MethodConfig:
             choices, value = spec.metadata.get("choices"), getattr(self, name)
             if choices and value not in choices:
                 raise UserError(f"method.{name}: {value!r} is not a choice: {nearest(str(value), choices)}")
-            if name.endswith("weight") and isinstance(value, float | int) and not 0 <= value < math.inf:
-                raise UserError(f"method.{name} must be 0 or above, not {value}")
+            counted = name.endswith(("weight", "_cost")) or name in ("ramp_start", "ramp_steps")
+            if counted and isinstance(value, float | int) and not 0 <= value < math.inf:
+                raise UserError(f"method.{name} must be 0 or above and finite, not {value}")
             if name == "layers" and value is not None:
                 self.require_positive(name)
 
