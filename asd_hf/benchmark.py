@@ -27,7 +27,7 @@ PHASES = {  # column -> phases of the step, see `Distiller` and `DistillationTra
     "backward": ("backward",),
 }
 SETTLED = 10**9  # a step at which every schedule has ended
-SELF_TAUGHT_METHODS = ("od_detr",)  # they take no other teacher
+EMA_DECAY = 0.9998  # of a student that teaches itself, if the run has none
 
 
 @dataclass
@@ -87,16 +87,19 @@ def measure_steps(parts: Parts, methods: Sequence[str], rounds: int) -> list[Ste
 
 
 def _trainer(parts: Parts, name: str) -> DistillationTrainer:
-    config = parts.run.methods.get(name) or get_method(name).config_class()
-    teacher = SELF_TAUGHT if name in SELF_TAUGHT_METHODS else parts.run.model.teacher
-    return parts.under({name: config}, teacher).trainer()
+    kind, args = get_method(name), parts.run.training
+    config, decay = parts.run.methods.get(name) or kind.config_class(), args.ema_decay
+    args.ema_decay = (decay or EMA_DECAY) if kind.self_taught else 0.0
+    try:
+        return parts.under({name: config}, SELF_TAUGHT if kind.self_taught else parts.run.model.teacher).trainer()
+    finally:
+        args.ema_decay = decay
 
 
 def _one_step(trainer: DistillationTrainer, batch: dict) -> dict[str, float]:
     """Seconds of each phase; the optimizer takes no step."""
     model = trainer.model.train()
-    if trainer.method is not None:
-        trainer.method.step = SETTLED
+    trainer.state.global_step, trainer.state.logging_steps = SETTLED, 2 * SETTLED  # gradients are not measured
     with Stopwatch(trainer.args.device) as watch:
         with trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, batch)

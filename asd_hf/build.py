@@ -94,10 +94,14 @@ class Parts:
     def teacher(self) -> DetectorAdapter | None:
         """The pretrained teacher, if there is one."""
         data, model = self.run.data, self.run.model
-        if model.teacher is None or self.self_taught:
+        if self.self_taught:
+            if model.class_map:
+                raise UserError("model.class_map has no use with model.teacher: ema: remove it")
+            return None
+        if model.teacher is None:
             for key, value in (
-                ("data.unlabelled", None if self.self_taught else data.unlabelled),
-                ("data.teacher_size", None if self.self_taught else data.teacher_size),
+                ("data.unlabelled", data.unlabelled),
+                ("data.teacher_size", data.teacher_size),
                 ("model.class_map", model.class_map),
             ):
                 if value:
@@ -140,6 +144,12 @@ class Parts:
             return None
         if self.teacher_spec is None:
             raise UserError(f"method.name is {run.method_name!r}, which needs a teacher: set model.teacher")
+        for name in run.methods:
+            if get_method(name).self_taught and not self.self_taught:
+                raise UserError(
+                    f"{name} is taught by the student's own moving average: set model.teacher: ema and "
+                    "training.ema_decay"
+                )
         specs = self.classes.specs(self.student.spec, self.teacher_spec)
         methods = {name: get_method(name)(config, *specs) for name, config in run.methods.items()}
         return next(iter(methods.values())) if len(methods) == 1 else CombinedMethod(methods)

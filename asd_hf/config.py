@@ -7,6 +7,7 @@ transformers.TrainingArguments and a few fields).
 
 from __future__ import annotations
 
+import re
 import types
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
@@ -85,6 +86,12 @@ class TrainingConfig(TrainingArguments):
         for name in ("use_liger_kernel", "auto_find_batch_size", "label_smoothing_factor", "neftune_noise_alpha"):
             if getattr(self, name):
                 raise UserError(f"training.{name} does not apply to detection: remove it")
+
+    def leave_no_trace(self, folder: str) -> None:
+        """For runs that are only measured: no checkpoint, evaluation, report or push; what must be, in `folder`."""
+        self.output_dir, self.push_to_hub, self.report_to = folder, False, []
+        self.save_strategy = self.eval_strategy = "no"
+        self.load_best_model_at_end, self.early_stopping_patience = False, 0
 
 
 @dataclass
@@ -195,7 +202,10 @@ def _fill_methods(section: Any, where: str) -> dict[str, MethodConfig]:
             if name not in METHODS and ":" not in name:
                 names = (NO_METHOD, *METHODS)
                 raise UserError(f"{here}: unknown method {name!r}: {nearest(name, names)} (or give 'module:Class')")
-            methods[name] = _fill(get_method(name).config_class, values, here)
+            try:
+                methods[name] = _fill(get_method(name).config_class, values, here)
+            except UserError as error:  # a method's own checks do not know that it is one of several
+                raise UserError(re.sub(r"^method\.", f"{here.rpartition(': ')[2]}.", str(error))) from error
         elif values:
             raise UserError(f"{here}.{next(iter(values))} has no meaning without a method: set method.name")
     return methods
@@ -207,6 +217,8 @@ def _override(raw: dict, item: str) -> None:
     if not equals or not (parents or key == "method"):
         raise UserError(f"{item!r} is not of the form section.key=value")
     target = raw
+    if parents and isinstance(raw.get("method"), str):
+        raw["method"] = {"name": raw["method"]}
     for parent in parents:
         target = _listed(target, parent, item) if isinstance(target, list) else target.setdefault(parent, {})
         if not isinstance(target, dict | list):

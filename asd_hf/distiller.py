@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 from .classes import SharedClasses
 from .criterion import DetectionCriterion
 from .detectors.base import DetectorAdapter, DetectorOutput
+from .errors import UserError
 from .methods import CombinedMethod, DistillationMethod
 from .phases import phase
 
@@ -48,7 +49,10 @@ class Distiller(nn.Module):
         return self.student.config
 
     def activation_checkpointing_enable(self, **kwargs) -> None:
-        self.student.activation_checkpointing_enable(**kwargs)
+        try:
+            self.student.activation_checkpointing_enable(**kwargs)
+        except ValueError as error:
+            raise UserError(f"training.gradient_checkpointing: {error}: remove it") from error
 
     def forward(
         self,
@@ -69,8 +73,8 @@ class Distiller(nn.Module):
             measure_gradients: "sums" also gives the norms of the gradients of the detection loss ("detection") and of
                 the method's losses together ("distillation"), "terms" that of each of the method's losses as well. The
                 gradients are those at the student's predictions, at the cost of backward passes through the losses
-                alone; at its feature maps, and through the decoder, where the family has its own loss, which is not
-                computed of these predictions alone, or the method looks at more of the student than its predictions.
+                alone; at its parameters outside the backbone, where the family has its own loss, which is not computed
+                of these predictions alone, or the method acts on more of the student than its predictions.
         """
         with phase("student"):
             student = self.adapter(pixel_values, pixel_mask, labels if self.criterion is None else None)

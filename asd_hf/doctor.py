@@ -67,6 +67,8 @@ def _data(parts: Parts) -> tuple[str, ...]:
 
 def _teacher(parts: Parts) -> tuple[str, ...]:
     if parts.self_taught:
+        if not parts.run.training.ema_decay:
+            return REFUSED, "the student's own moving average, which is not kept", "training.ema_decay, say to 0.9998"
         return OK, f"the student's own moving average, of decay {parts.run.training.ema_decay}"
     return OK, "none: labels alone" if parts.teacher is None else _describe(parts.teacher)
 
@@ -229,7 +231,7 @@ def _schedule(parts: Parts) -> tuple[str, ...]:
             CHECK,
             f"{steps} steps of {images} images, and the method has its full weight from step "
             f"{parts.method.settled_at} on",
-            "a longer training or a smaller method.ramp_steps",
+            "a longer training or a smaller ramp_steps of the method",
         )
     return OK, f"{steps} steps of {images} images"
 

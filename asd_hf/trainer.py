@@ -57,8 +57,8 @@ class DistillationTrainer(Trainer):
 
     Raises:
         UserError: teacher without method or the reverse, no class in common, a method made for other classes than
-            those in common, a moving average that teaches and is not kept, several GPUs in one process, FSDP or
-            DeepSpeed.
+            those in common, a moving average that teaches and is not kept, or does not where the method wants it,
+            several GPUs in one process, FSDP or DeepSpeed.
     """
 
     loss_is_scaled_for_ga = False  # losses are means over a micro-batch: Trainer divides by the accumulation steps
@@ -85,6 +85,8 @@ class DistillationTrainer(Trainer):
             )
         if teacher == SELF_TAUGHT and not args.ema_decay:
             raise UserError("model.teacher is the student's moving average: set training.ema_decay, say to 0.9998")
+        if method is not None and method.self_taught and teacher != SELF_TAUGHT:
+            raise UserError("the method is taught by the student's own moving average: set model.teacher: ema")
         self.adapter, self.method = student, method
         self.category_ids, self.run_config, self.card = category_ids, run_config, card
         criterion = make_criterion(student, args)
@@ -112,15 +114,11 @@ class DistillationTrainer(Trainer):
         if args.ema_decay:
             self.ema = EMACallback(student.model, args.ema_decay)
             self.add_callback(self.ema)
-        self.teacher: DetectorAdapter | None = teacher
-        if teacher == SELF_TAUGHT:
-            self.teacher = get_adapter(self.ema.model, student.processor)
+            self.ema_adapter = get_adapter(self.ema.model, student.processor)
+        self.teacher: DetectorAdapter | None = self.ema_adapter if teacher == SELF_TAUGHT else teacher
         if self.teacher is not None:
             self.teacher.model.requires_grad_(False).eval().to(args.device)
-            if "attention" in method.requires:
-                student.watch_attention()
-            if "attention" in method.requires | method.teacher_requires:
-                self.teacher.watch_attention()
+        self.watch_attention()
         if args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         self._scalars: dict[str, list[Tensor]] = defaultdict(list)
@@ -156,6 +154,15 @@ class DistillationTrainer(Trainer):
                 self._load_from_checkpoint(best or resume_from_checkpoint)
                 return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def watch_attention(self, watch: bool = True) -> None:
+        """Lets those models show their attention whose attention the method asks for; or no longer."""
+        if self.method is None:
+            return
+        if "attention" in self.method.requires:
+            self.adapter.watch_attention(watch)
+        if "attention" in self.method.requires | self.method.teacher_requires:
+            self.teacher.watch_attention(watch)
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
@@ -304,7 +311,7 @@ class DistillationTrainer(Trainer):
         """COCO's numbers of the student, as `eval_AP` and so on, and of its moving average, as `eval_ema_AP`."""
         metrics, models = {}, {"": self.adapter}
         if self.ema is not None:
-            models["ema_"] = get_adapter(self.ema.model, self.adapter.processor)
+            models["ema_"] = self.ema_adapter
         for name, adapter in models.items():
             training = adapter.model.training
             result, evaluator = self.evaluate_adapter(adapter, dataloader)
@@ -314,8 +321,11 @@ class DistillationTrainer(Trainer):
 
     def evaluate_adapter(self, adapter: DetectorAdapter, dataloader: DataLoader | None = None):
         """(COCO numbers, evaluator) of any detector on the evaluation data; all ranks must call it."""
+        watched = adapter.with_attention
+        if watched:
+            adapter.watch_attention(False)
         with self.accelerator.autocast():
-            return evaluate_detector(
+            evaluated = evaluate_detector(
                 adapter,
                 self.get_eval_dataloader() if dataloader is None else dataloader,
                 class_names=self.adapter.spec.class_names,
@@ -324,6 +334,9 @@ class DistillationTrainer(Trainer):
                 device=self.args.device,
                 progress=not self.args.disable_tqdm and self.is_world_process_zero(),
             )
+        if watched:
+            adapter.watch_attention()
+        return evaluated
 
     # -- what is saved: the student as a plain Transformers model, the method's weights beside it ---------------------
 

@@ -100,6 +100,7 @@ def test_a_student_can_be_named_or_described(tmp_path):
         ("method: [asd, fgd]", ["method.weight=1"], "there are several methods: give method.<name>.weight"),
         ("method: [asd, fgd]", ["method.asdd.weight=1"], "no method 'asdd' in the list: did you mean 'asd'?"),
         ("method: {name: asd, weight: -1}", [], "method.weight must be 0 or above, not -1"),
+        ("method: [asd, {name: fgd, weight: -1}]", [], "^method.fgd.weight must be 0 or above, not -1"),
         ("method: {name: none, weight: 1}", [], "method.weight has no meaning without a method"),
         ("method: 3", [], "method.name must be a name, not 3"),
         ("- a", [], "must hold sections"),

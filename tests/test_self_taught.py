@@ -7,7 +7,7 @@ import torch
 
 from asd_hf.build import Parts
 from asd_hf.config import build_config
-from asd_hf.doctor import check
+from asd_hf.doctor import REFUSED, check
 from asd_hf.errors import UserError
 from asd_hf.trainer import METHOD_WEIGHTS
 from tests.tiny_run import configuration, write_places
@@ -68,7 +68,7 @@ def test_doctor_and_train_know_a_student_that_teaches_itself(places, tmp_path):
     [
         ({"training": {"ema_decay": 0.0}}, "model.teacher is the student's moving average: set training.ema_decay"),
         ({"method": {}}, "model.teacher teaches by a method: set method.name"),
-        ({"model": {"class_map": {"cat": "puma"}}}, "class_map"),
+        ({"model": {"class_map": {"cat": "puma"}}}, "model.class_map has no use with model.teacher: ema"),
         ({"model": {"student": {"base": "teacher"}}}, "there is no model.teacher"),
     ],
 )
@@ -83,5 +83,37 @@ def test_mistakes_are_one_line(places, tmp_path, change, message):
 
 def test_a_pretrained_teacher_cannot_stand_in_for_the_moving_average(places, tmp_path):
     values = configuration(places, output_dir=str(tmp_path)) | {"method": "od_detr"}
-    with pytest.raises(UserError, match="set model.teacher: ema and training.ema_decay"):
+    values["model"]["student"] = str(places / "deformable_detr")  # the very model: nothing but its origin is wrong
+    with pytest.raises(UserError, match="own moving average: set model.teacher: ema and training.ema_decay"):
         Parts(build_config(values)).trainer()
+
+
+def test_doctor_refuses_a_moving_average_that_is_not_kept(places, tmp_path):
+    found = check(Parts(build_config(values_of(places, tmp_path, ema_decay=0.0))))
+    teacher = next(finding for finding in found if finding.topic == "teacher")
+    assert teacher.verdict == REFUSED and "training.ema_decay" in teacher.remedy
+
+
+def test_models_are_evaluated_as_they_will_be_used(places, tmp_path):
+    values = configuration(places, output_dir=str(tmp_path), max_steps=1, ema_decay=0.9) | {"method": "d3etr"}
+    trainer = Parts(build_config(values)).trainer()
+    seen = []
+    for adapter in (trainer.adapter, trainer.teacher, trainer.ema_adapter):
+        ask = adapter.forward
+
+        def forward(*args, adapter=adapter, ask=ask):
+            output = ask(*args)
+            seen.append((adapter.model.training, output.attention is not None))
+            return output
+
+        adapter.forward = forward
+    usual = trainer.adapter.model.config._attn_implementation
+    trainer.train()
+    assert set(seen) == {(True, True), (False, True)}  # the student and its teacher, in the step
+    seen.clear()
+    trainer.evaluate()
+    trainer.evaluate_adapter(trainer.teacher)
+    assert len(seen) >= 3 and set(seen) == {(False, False)}
+    assert trainer.adapter.with_attention and trainer.teacher.with_attention
+    trainer.watch_attention(False)
+    assert trainer.adapter.model.config._attn_implementation == "sdpa" and usual == "eager"

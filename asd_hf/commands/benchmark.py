@@ -29,23 +29,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
     args = parser.parse_intermixed_args(argv)
-    methods = args.methods.split(",")
+    methods = [name.strip() for name in args.methods.split(",")]
     for name in methods:
         if name not in METHODS and ":" not in name:
             raise UserError(f"--methods: unknown method {name!r}: {nearest(name, METHODS)}")
     if args.rounds < 1:
         raise UserError(f"--rounds must be 1 or more, not {args.rounds}")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise UserError(f"--json: folder {args.json.parent} does not exist")
     run = load_config(args.config, args.overrides)
-    training = run.training
-    training.ema_decay = training.ema_decay or 0.9998  # a student that teaches itself is measured too
-    training.save_strategy = training.eval_strategy = "no"
-    training.load_best_model_at_end, training.early_stopping_patience, training.report_to = False, 0, []
-    report_progress(training.process_index)
-    set_seed(training.seed)
+    report_progress(run.training.process_index)
+    set_seed(run.training.seed)
     with tempfile.TemporaryDirectory() as folder:
-        training.output_dir = folder
+        run.training.leave_no_trace(folder)
         costs = measure_steps(Parts(run), methods, args.rounds)
     print(format_costs(costs))
     if args.json is not None:
-        rows = [asdict(cost) | {"device": str(training.device)} for cost in costs]
+        rows = [asdict(cost) | {"device": str(run.training.device)} for cost in costs]
         args.json.write_text(json.dumps(rows, indent=2) + "\n")

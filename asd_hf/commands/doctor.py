@@ -55,10 +55,7 @@ def main(argv: list[str]) -> None:
 
 def _measure(parts: Parts, args: argparse.Namespace, folder: str, findings: list[Finding]) -> list[list[str]]:
     """Adds what only running the models tells to `findings`, and returns the table of gradients."""
-    training = parts.run.training
-    training.output_dir, training.push_to_hub, training.report_to = folder, False, []
-    training.save_strategy = training.eval_strategy = "no"
-    training.load_best_model_at_end, training.early_stopping_patience = False, 0
+    parts.run.training.leave_no_trace(folder)
     trainer = parts.trainer()
     if parts.teacher is not None and args.images:
         findings.append(measure_teacher(parts, trainer, args.images))

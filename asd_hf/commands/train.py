@@ -13,7 +13,6 @@ from transformers.utils.logging import disable_progress_bar
 from ..build import Parts
 from ..config import RunConfig, describe_config, load_config
 from ..data import resize_spec, teacher_view
-from ..detectors import get_adapter
 from ..doctor import check, report
 from ..errors import UserError
 from ..evaluation import TOP_K, format_table, milliseconds_per_image
@@ -59,6 +58,7 @@ def train(run: RunConfig) -> dict:
         call_hub(lambda: create_repo(name, private=args.hub_private_repo, exist_ok=True), "training has not begun")
     trainer = parts.trainer()
     trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.watch_attention(False)  # models are timed as they will be used
     trainer.save_model(_internal_call=True)
     metrics = _final_metrics(trainer, parts)
     if trainer.is_world_process_zero():
@@ -103,7 +103,7 @@ def _checkpoint(run: RunConfig) -> str | None:
 def _final_metrics(trainer: DistillationTrainer, parts: Parts) -> dict:
     adapters = {"teacher": parts.teacher, "student": parts.student}
     if trainer.ema is not None:
-        adapters["ema"] = get_adapter(trainer.ema.model, parts.student.processor)
+        adapters["ema"] = trainer.ema_adapter
     metrics = {}
     for name, adapter in adapters.items():
         if adapter is None:

@@ -215,11 +215,11 @@ class DetectorAdapter:
 
     # -- where the decoder looks ------------------------------------------------------------------------------------
 
-    def watch_attention(self) -> None:
-        """Fills `DetectorOutput.attention`, also of what `decode` answers, from the next call on.
+    def watch_attention(self, watch: bool = True) -> None:
+        """Fills `DetectorOutput.attention`, also of what `decode` answers, from the next call on; or no longer.
 
-        The model's attention, though not its backbone's, then runs in plain operations, because fused ones keep no
-        weights: it takes more memory, and predictions differ in the last digits. What is saved does not change.
+        The model's attention, though not its backbone's, meanwhile runs in plain operations, because fused ones keep
+        no weights: it takes more memory, and predictions differ in the last digits. What is saved does not change.
 
         Raises:
             UserError: the family has no decoder.
@@ -229,8 +229,12 @@ class DetectorAdapter:
                 f"{self.spec.family} has no decoder whose attention could be watched: take a method or "
                 "a detector that needs none"
             )
-        self.model.set_attn_implementation({"": "eager"})
-        self.with_attention = True
+        if watch and not self.with_attention:
+            self._usual_attention = self.model.config._attn_implementation
+            self.model.set_attn_implementation({"": "eager"})
+        elif self.with_attention and not watch:
+            self.model.set_attn_implementation({"": self._usual_attention})
+        self.with_attention = watch
 
     @contextmanager
     def attending(self) -> Iterator[Callable[..., Attention | None]]:
