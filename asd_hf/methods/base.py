@@ -29,7 +29,7 @@ class MethodConfig:
                 raise UserError(f"method.{name}: {value!r} is not a choice: {nearest(str(value), choices)}")
             counted = name.endswith(("weight", "_cost")) or name in ("ramp_start", "ramp_steps")
             if counted and isinstance(value, float | int) and not 0 <= value < math.inf:
-                raise UserError(f"method.{name} must be 0 or above and finite, not {value}")
+                raise UserError(f"method.{name} must be 0 or above, not {value}")
             if name == "layers" and value is not None:
                 self.require_positive(name)
 
