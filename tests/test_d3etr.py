@@ -176,7 +176,7 @@ def test_equals_naive_loops(pair, name):
     for group, output, pairs in (("adaptive", ours, adaptive), ("fixed", told, fixed)):
         output.mask = ours.mask
         found = reference(method, output, theirs, pairs, both)
-        expected |= {f"d3etr_{group}_{t}": getattr(config, f"{group}_{t}_weight") * found[t] for t in TERMS}
+        expected |= {f"d3etr_{group}_{t}": config.term_weight(f"{group}_{t}") * found[t] for t in TERMS}
     assert {term: loss.item() for term, loss in losses.items()} == pytest.approx(expected, rel=1e-8)
 
 
@@ -252,16 +252,23 @@ def test_what_has_no_weight_is_left_out_with_what_it_requires():
             seen = [output if attends else replace(output, attention=None) for output in (ours, theirs)]
             losses = method(*seen, [])
             assert list(losses) == [f"d3etr_{group}_{term}"] and len(ours.asked) == (group == "fixed")
-            full = whole[f"d3etr_{group}_{term}"] / getattr(D3ETRConfig(), f"{group}_{term}_weight")
+            full = whole[f"d3etr_{group}_{term}"] / D3ETRConfig().term_weight(f"{group}_{term}")
             assert losses[f"d3etr_{group}_{term}"].item() == pytest.approx(full.item(), rel=1e-6)
 
 
 def test_weights_of_attention_go_with_its_distance():
+    def weights(config):
+        return {f"{g}_{t}": config.term_weight(f"{g}_{t}") for g in ("adaptive", "fixed") for t in TERMS if "_" in t}
+
     config = D3ETRConfig()
-    assert config.adaptive_self_attention_weight == config.fixed_cross_attention_weight == 1
-    config = D3ETRConfig(attention_distance="mse", fixed_self_attention_weight=7.0)
-    assert config.adaptive_self_attention_weight == 1e4 and config.fixed_self_attention_weight == 7
-    assert config.adaptive_cross_attention_weight == config.fixed_cross_attention_weight == 1e3
+    assert set(weights(config).values()) == {1}
+    changed = replace(config, attention_distance="mse")  # as a saved configuration is changed
+    own = {"adaptive_self_attention": 1e4, "adaptive_cross_attention": 1e3}
+    own |= {"fixed_self_attention": 1e4, "fixed_cross_attention": 1e3}
+    assert weights(changed) == own
+    assert weights(replace(changed, fixed_self_attention_weight=7.0)) == own | {"fixed_self_attention": 7}
+    assert weights(replace(changed, fixed_self_attention_weight=0.0)) == own | {"fixed_self_attention": 0}
+    assert config.term_weight("adaptive_box") == 5 and config.term_weight("other") is None
 
 
 @pytest.mark.parametrize(

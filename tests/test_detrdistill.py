@@ -439,10 +439,23 @@ def test_a_part_without_weight_is_neither_computed_nor_required():
 
 
 def test_contrast_is_on_as_released_and_off_otherwise():
-    assert DETRDistillConfig().contrastive_weight == 0
-    assert DETRDistillConfig(as_released=True).contrastive_weight == 0.2
-    assert DETRDistillConfig(as_released=True, contrastive_weight=0.0).contrastive_weight == 0
-    assert DETRDistillConfig(contrastive_weight=0.5).contrastive_weight == 0.5
+    for options, weight in (({}, 0), ({"as_released": True}, 0.2), ({"contrastive_weight": 0.5}, 0.5)):
+        config = DETRDistillConfig(**options)
+        assert config.term_weight("contrastive") == weight and config.contrasts == (weight > 0)
+    assert not DETRDistillConfig(as_released=True, contrastive_weight=0.0).contrasts
+    saved = DETRDistillConfig(as_released=True)
+    assert not replace(saved, as_released=False).contrasts  # as a saved configuration is changed
+    assert saved.term_weight("box") == 5 and saved.term_weight("assignment_class") == 2
+
+
+def test_contrast_alone_acts_on_more_than_predictions():
+    alone = method(**FEATURES | NO_FEATURES, contrastive_weight=0.3, contrastive_dim=5)
+    assert alone.requires == {"features"}  # so that gradients are measured where it acts
+    student, teacher = output(1, grad=True), output(2)
+    loss = sum(alone(student, teacher, LABELS).values())
+    loss.backward()
+    assert not student.logits.grad.any() and not student.boxes.grad.any() and student.queries.grad.any()
+    assert alone.maps is None
 
 
 @pytest.mark.parametrize(

@@ -26,3 +26,15 @@ def test_what_has_no_meaning_below_0_is_refused(name, knob, value):
 def test_costs_and_ramps_are_among_them():
     assert {"class_cost", "bbox_cost", "giou_cost"} < set(counted(KINDS["detrdistill"]))
     assert "ramp_steps" in counted(KINDS["od_detr"]) and "ramp_start" in counted(KINDS["asd"])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_without_any_weight_is_refused(name):
+    """The whole method may have the weight 0: it is measured then, and trains nothing."""
+    knobs = [knob for knob in counted(KINDS[name]) if knob.endswith("_weight")]
+    off = dict.fromkeys(knobs, 0)
+    with pytest.raises(UserError, match=f"^all weights of {name} are 0: give one a value, or set method.name=none$"):
+        KINDS[name](**off)
+    for knob in knobs:
+        assert KINDS[name](**off | {knob: 0.5}).term_weight(knob.removesuffix("_weight")) == 0.5
+    KINDS[name](weight=0)

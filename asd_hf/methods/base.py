@@ -16,6 +16,11 @@ def option(default, text: str, choices: tuple[str, ...] | None = None):
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
+def _name(part: MethodConfig | DistillationMethod) -> str:
+    """Of the method: its file's."""
+    return type(part).__module__.rpartition(".")[2]
+
+
 @dataclass
 class MethodConfig:
     """The knobs of one method; each method's own dataclass derives from it."""
@@ -32,6 +37,18 @@ class MethodConfig:
                 raise UserError(f"method.{name} must be 0 or above, not {value}")
             if name == "layers" and value is not None:
                 self.require_positive(name)
+        terms = [name.removesuffix("_weight") for name in self.__dataclass_fields__ if name.endswith("_weight")]
+        weights = [weight for weight in map(self.term_weight, terms) if isinstance(weight, float | int)]
+        if weights and not any(weights):
+            raise UserError(f"all weights of {_name(self)} are 0: give one a value, or set method.name=none")
+
+    def term_weight(self, term: str) -> float | None:
+        """Weight of the loss `<method>_<term>`: the knob `<term>_weight`; None if there is none.
+
+        Overridden where a knob's default depends on another: it stays None, so that a saved configuration can be
+        changed like the first one.
+        """
+        return getattr(self, f"{term}_weight", None)
 
     def require_positive(self, *names: str) -> None:
         """Raises a `UserError` for the first of these knobs that is not above 0."""
@@ -67,14 +84,14 @@ class DistillationMethod(nn.Module):
         self.class_names = student.class_names
         self.step = 0  # optimizer steps done so far, set by the trainer; schedules and random draws read it
         self.statistics: dict[str, Tensor] = {}  # detached scalars of the last call: logged, never optimised
-        name, needed = type(self).__module__.rpartition(".")[2], self.requires
+        needed = self.requires
         for role, spec, capabilities in (
             ("student", student, needed),
             ("teacher", teacher, needed | self.teacher_requires),
         ):
             if missing := capabilities - spec.capabilities:
                 raise UserError(
-                    f"{name} needs {', '.join(sorted(missing))} of the {role}, which {spec.family} cannot give"
+                    f"{_name(self)} needs {', '.join(sorted(missing))} of the {role}, which {spec.family} cannot give"
                 )
 
     @property

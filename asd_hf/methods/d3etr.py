@@ -13,13 +13,11 @@ from torch import Tensor
 
 from ..detectors.base import DetectorOutput, DetectorSpec
 from ..distances import imitation_losses, pair_costs
-from ..errors import UserError
 from ..features import AlignedMaps
 from ..matching import match_sets
 from ..questions import Translator, ask
 from .base import DistillationMethod, MethodConfig, align_layers, check_layers, full, option
 
-GROUPS = ("adaptive", "fixed")
 ATTENTION = {"self_attention": {"kl": 1.0, "mse": 1e4}, "cross_attention": {"kl": 1.0, "mse": 1e3}}
 # This part of every distribution is spread evenly: cells that no sampling point touches would have no logarithm.
 FLOOR = 0.01
@@ -61,19 +59,16 @@ class D3ETRConfig(MethodConfig):
         "kl", "KL of attention as a distribution, or its mean squared error (TPRD)", ("kl", "mse")
     )
 
-    def __post_init__(self) -> None:
-        for group in GROUPS:
-            for term, weights in ATTENTION.items():
-                if getattr(self, f"{group}_{term}_weight") is None:
-                    setattr(self, f"{group}_{term}_weight", weights.get(self.attention_distance))
-        super().__post_init__()
-        if not (self.weights("adaptive") or self.weights("fixed")):
-            raise UserError("all weights of d3etr are 0: give one a value, or set method.name=none")
+    def term_weight(self, term: str) -> float | None:
+        weight, (_, _, kind) = super().term_weight(term), term.partition("_")
+        if weight is None and kind in ATTENTION:
+            return ATTENTION[kind][self.attention_distance]
+        return weight
 
     def weights(self, group: str) -> dict[str, float]:
         """Those of a group that are not 0, by their terms."""
         terms = ("class", "box", "giou", *ATTENTION)
-        return {term: weight for term in terms if (weight := getattr(self, f"{group}_{term}_weight"))}
+        return {term: weight for term in terms if (weight := self.term_weight(f"{group}_{term}"))}
 
 
 class D3ETR(DistillationMethod):

@@ -63,14 +63,22 @@ class DETRDistillConfig(MethodConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.contrastive_weight is None:
-            self.contrastive_weight = 0.2 if self.as_released else 0.0
         super().__post_init__()
         self.require_positive("top_predictions", "mask_floor", "contrastive_temperature", "contrastive_dim")
 
+    def term_weight(self, term: str) -> float | None:
+        weight = super().term_weight(term)
+        if term == "contrastive" and weight is None:
+            return 0.2 if self.as_released else 0.0
+        return weight
+
+    @property
+    def contrasts(self) -> bool:
+        return self.term_weight("contrastive") > 0
+
     @property
     def matches(self) -> bool:
-        return any((self.class_weight, self.box_weight, self.giou_weight, self.contrastive_weight))
+        return any((self.class_weight, self.box_weight, self.giou_weight, self.contrasts))
 
     @property
     def assigns(self) -> bool:
@@ -152,13 +160,15 @@ class DETRDistill(DistillationMethod):
             giou_loss_weight=config.assignment_giou_weight,
         )
         self.contrast = None
-        if config.contrastive_weight:
+        if config.contrasts:
             widths = student.hidden_size, teacher.hidden_size
             self.contrast = Contrast(*widths, config.contrastive_dim, config.contrastive_temperature)
 
     @property
     def requires(self) -> frozenset[str]:
-        needs = {"features": self.config.feature_weight, "decode": self.config.assigns}
+        # Contrast acts on the decoder's states, which every family has, and so on more than predictions; "features",
+        # which every family has as well, says so.
+        needs = {"features": self.config.feature_weight or self.config.contrasts, "decode": self.config.assigns}
         return frozenset(name for name, needed in needs.items() if needed)
 
     def compare(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
@@ -196,7 +206,7 @@ class DETRDistill(DistillationMethod):
         if self.contrast is not None:
             states = _take(full(student.queries), rows), _take(full(teacher.queries), columns)
             contrast = self.contrast(*states).mean(1).sum()
-            losses["detrdistill_contrastive"] = config.contrastive_weight * contrast
+            losses["detrdistill_contrastive"] = config.term_weight("contrastive") * contrast
         return losses
 
     def _match(self, ours: Predictions, theirs: Predictions) -> tuple[Tensor, Tensor]:
