@@ -20,7 +20,7 @@ from ..ops import cxcywh_to_xyxy, generalized_iou
 from ..targets import pad_labels
 from .base import DistillationMethod, MethodConfig, align_layers, check_layers, full, option
 
-EPSILON = 1e-4  # share of a bin below which rebinning says nothing
+EPSILON = 1e-4  # added to the share of each bin: rebinning leaves some with none
 
 
 @dataclass
@@ -67,8 +67,8 @@ class LD(DistillationMethod):
     summed over queries and layers and divided by the number of objects.
 
     Distributions of D-FINE and DEIMv2 are over distances from a box that each query chose for itself. With `rebin` the
-    teacher's probability is carried over to the student's bins, whatever the boxes and bins of the two; a share below
-    1e-4 then counts as so much. Without it the bins are compared by their number, as if both boxes were one.
+    teacher's probability is carried over to the student's bins, whatever the boxes and bins of the two; each share of
+    either then counts as 1e-4 more, since carrying over leaves bins with none. Without it the bins are compared by their number, as if both boxes were one.
 
     Other detectors predict no distribution. Their discretised form makes one of each coordinate of the corners: it
     falls off as exp(-distance / width of a bin) from the value. It knows nothing of the teacher's doubt and is no more
@@ -180,7 +180,7 @@ class LD(DistillationMethod):
             frames = ours.side_frames.flatten(0, 2)[student], theirs.side_frames.flatten(0, 2)[teacher]
             edges, new_edges = self.teacher_edges.to(t_sides), self.student_edges.to(t_sides)
             shares = _carry_over(t_sides.softmax(-1), edges, _edges_in(*frames, new_edges))
-            s_sides, t_sides = (s_sides.softmax(-1) + EPSILON).log(), (shares + EPSILON).log()
+            s_sides, t_sides = _floored_log(s_sides), (shares + EPSILON).log()
         t = self.config.temperature
         return t**2 * class_divergence(s_sides / t, t_sides / t, softmax=True).mean(-1)
 
@@ -220,6 +220,15 @@ def _queries_of_objects(match: tuple[Tensor, Tensor], shape: tuple[int, int, int
     num_layers, num_images, num_queries = shape
     place = query // (num_images * num_queries) * num_objects + target
     return query.new_full((num_layers * num_objects,), -1).scatter(0, place, query)
+
+
+def _floored_log(logits: Tensor) -> Tensor:
+    """log(softmax + EPSILON) with the gradient of the logarithm without it.
+
+    Its own gradient is p / (p + EPSILON): none where the teacher is sure and the student is sure of something else.
+    """
+    logs = logits.log_softmax(-1)
+    return logs + ((logs.exp() + EPSILON).log() - logs).detach()
 
 
 def _edges(values: tuple[float, ...]) -> Tensor:
