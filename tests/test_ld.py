@@ -96,7 +96,7 @@ def l1(one, other):
     return sum(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
-def matched(logits, boxes, label, softmax_head):
+def matched(class_cost, logits, boxes, label, softmax_head):
     """{object: query} of the cheapest assignment."""
     classes, objects = label["class_labels"].tolist(), label["boxes"].tolist()
 
@@ -106,7 +106,7 @@ def matched(logits, boxes, label, softmax_head):
         else:
             p = sigmoid(logits[q][classes[g]])
             of_class = -0.25 * (1 - p) ** 2 * math.log(p + 1e-8) + 0.75 * p**2 * math.log(1 - p + 1e-8)
-        return of_class + 5 * l1(boxes[q], objects[g]) - 2 * giou(boxes[q], objects[g])
+        return class_cost * of_class + 5 * l1(boxes[q], objects[g]) - 2 * giou(boxes[q], objects[g])
 
     if len(objects) <= len(boxes):
         choices = [dict(enumerate(c)) for c in permutations(range(len(boxes)), len(objects))]
@@ -186,8 +186,8 @@ def reference(config, ours, theirs, labels, softmax_head=False, values=None, fou
         for image, label in enumerate(labels):
             s_logits, s_boxes = ours.logits[s_layer, image].tolist(), ours.boxes[s_layer, image].tolist()
             t_logits, t_boxes = theirs.logits[t_layer, image].tolist(), theirs.boxes[t_layer, image].tolist()
-            s_match = matched(s_logits, s_boxes, label, softmax_head)
-            t_match = matched(t_logits, t_boxes, label, softmax_head)
+            s_match = matched(config.class_cost, s_logits, s_boxes, label, softmax_head)
+            t_match = matched(config.class_cost, t_logits, t_boxes, label, softmax_head)
             for g in set(s_match) & set(t_match):
                 s, t = s_match[g], t_match[g]
                 place = s_layer, t_layer, image, s, t

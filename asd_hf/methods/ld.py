@@ -17,6 +17,7 @@ from ..detectors.base import DetectorOutput, DetectorSpec, sum_over_ranks
 from ..distances import class_divergence
 from ..errors import UserError
 from ..ops import cxcywh_to_xyxy, generalized_iou
+from ..questions import point_scores
 from ..targets import pad_labels
 from .base import DistillationMethod, MethodConfig, align_layers, check_layers, full, option
 
@@ -48,6 +49,8 @@ class LDConfig(MethodConfig):
         0.5, "GIoU with an object that bounds the valuable region above; a quarter of it bounds it below"
     )
 
+    class_cost: float = option(2.0, "Weight of the class cost when matching objects: Deformable DETR 2, DETR 1")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("temperature", "class_temperature")
@@ -67,8 +70,9 @@ class LD(DistillationMethod):
     summed over queries and layers and divided by the number of objects.
 
     Distributions of D-FINE and DEIMv2 are over distances from a box that each query chose for itself. With `rebin` the
-    teacher's probability is carried over to the student's bins, whatever the boxes and bins of the two; each share of
-    either then counts as 1e-4 more, since carrying over leaves bins with none. Without it the bins are compared by their number, as if both boxes were one.
+    teacher's probability is carried over to the student's bins, whatever the boxes and bins of the two. That leaves
+    bins with none, so every share of either counts as 1e-4 more. Without it the bins are compared by their number, as
+    if both boxes were one.
 
     Other detectors predict no distribution. Their discretised form makes one of each coordinate of the corners: it
     falls off as exp(-distance / width of a bin) from the value. It knows nothing of the teacher's doubt and is no more
@@ -108,7 +112,7 @@ class LD(DistillationMethod):
                 "set method.rebin=true"
             )
         self.softmax = student.activation == "softmax"
-        self.criterion = DetectionCriterion(student.activation)
+        self.criterion = DetectionCriterion(student.activation, config.class_cost)
         if self.uses_sides:
             self.register_buffer("student_edges", _edges(student.side_values), persistent=False)
             self.register_buffer("teacher_edges", _edges(teacher.side_values), persistent=False)
@@ -136,7 +140,7 @@ class LD(DistillationMethod):
             both = (pair[0] >= 0) & (pair[1] >= 0)
             pair = [index.clamp(min=0) for index in pair]
             if config.main_weight:
-                score = self._scores(ours.logits.detach()).flatten()[pair[0]]
+                score = point_scores(ours.logits.detach(), self.softmax).flatten()[pair[0]]
                 loss = (both * score * self._side_divergence(ours, theirs, *pair)).sum()
                 losses["ld_main"] = config.main_weight * loss / normaliser
             if config.region_weight:
@@ -157,11 +161,8 @@ class LD(DistillationMethod):
             sides = -(cxcywh_to_xyxy(boxes)[..., None] - places).abs() * (self.config.bins - 1)
             return replace(output, logits=logits, boxes=boxes, sides=sides)
         sides = full(torch.stack([output.sides[i] for i in layers]))
-        frames = full(output.side_frames).detach().expand_as(boxes)
+        frames = full(output.side_frames).expand_as(boxes)
         return replace(output, logits=logits, boxes=boxes, sides=sides, side_frames=frames)
-
-    def _scores(self, logits: Tensor) -> Tensor:
-        return logits.softmax(-1)[..., :-1].amax(-1) if self.softmax else logits.sigmoid().amax(-1)
 
     def _class_divergence(
         self, ours: DetectorOutput, theirs: DetectorOutput, student: Tensor, teacher: Tensor
