@@ -17,6 +17,7 @@ PAIRS = {  # student, teacher and the classes that it knows
     "boxes": ("rt_detr", "lw_detr", tiny.CLASSES),
     "softmax": ("detr", "rt_detr", tiny.CLASSES),
 }
+TEMPERATURES = {"softmax": 10, "bernoulli": 1}  # where none is set
 TERMS = [f"{group}_{term}" for group in ("general", "specific") for term in ("class", "box", "giou")]
 
 
@@ -44,7 +45,7 @@ def reference(method, group, student, teacher):
             b_t, b_s = teacher.boxes[layer, image].tolist(), student.boxes[-back, image].tolist()
             scores = [best(z, softmax) for z in z_t]
             for i, score in enumerate(scores):
-                w, T = score / sum(scores) / images, config.temperature
+                w, T = score / sum(scores) / images, config.temperature or TEMPERATURES[config.divergence]
                 z = [z_t[i], z_s[i]]
                 cooled = [[v / T for v in row] for row in z]
                 totals["class"] += w * T**2 * divergence(*cooled, config.divergence == "softmax")
@@ -55,7 +56,8 @@ def reference(method, group, student, teacher):
 
 VARIANTS = {
     "default": {},
-    "bernoulli": {"divergence": "bernoulli", "temperature": 1.0},
+    "cool softmax": {"temperature": 1.0},
+    "bernoulli": {"divergence": "bernoulli"},
     "warm bernoulli": {"divergence": "bernoulli", "temperature": 2.0},
     "same layers": {"teacher_layer": "same"},
     "two layers": {"layers": 2, "teacher_layer": "same"},
@@ -197,6 +199,26 @@ def test_pairs_that_cannot_be():
         KDDETR(KDDETRConfig(divergence="bernoulli"), *specs(detr, detr))
     with pytest.raises(UserError, match="method.layers is 4, but the student has 3"):
         KDDETR(KDDETRConfig(layers=4), *specs(detr, detr))
+
+
+def test_one_class_is_taught_by_its_own_logit():
+    """Its softmax would be 1 whatever the logit, and its divergence 0."""
+    student, teacher = detector("rt_detr"), detector("other", 1, classes=("kite", "owl"))
+    both = specs(student, teacher)
+    message = "rt_detr has a single logit for the one class that both know: set method.divergence=bernoulli"
+    for group in ("general", "specific"):
+        with pytest.raises(UserError, match=message):
+            KDDETR(KDDETRConfig(**{f"{group}_class_weight": 0.0}), *both)
+    KDDETR(KDDETRConfig(general_class_weight=0.0, specific_class_weight=0.0), *both)
+    losses = KDDETR(KDDETRConfig(divergence="bernoulli"), *both).double()(*ask_both(student, teacher, batch()), [])
+    places = list(student.model.parameters())
+    for group in ("general", "specific"):
+        loss = losses[f"kd_detr_{group}_class"]
+        gradients = torch.autograd.grad(loss, places, retain_graph=True, allow_unused=True)
+        assert loss > 1e-3 and any(g is not None and g.any() for g in gradients)
+    # A softmax head also has "no object", to which the class is compared.
+    detr = detector("detr")
+    KDDETR(KDDETRConfig(), *specs(detr, teacher))
 
 
 def test_registered():

@@ -32,7 +32,9 @@ class KDDETRConfig(MethodConfig):
         "KL of the softmax over the logits of all classes, also of sigmoid heads (code), or of each class on its own",
         ("softmax", "bernoulli"),
     )
-    temperature: float = option(10.0, "T on the logits, with a factor T^2 (code: 10; 1 fits divergence bernoulli)")
+    temperature: float | None = option(
+        None, "T on the logits, with a factor T^2; default: 10 for divergence softmax (code), 1 for bernoulli"
+    )
     general_class_weight: float = option(2.0, "Weight of the KL at general points, summed over classes")
     general_box_weight: float = option(5.0, "Weight of L1 at general points, summed over coordinates")
     general_giou_weight: float = option(2.0, "Weight of 1 - GIoU at general points")
@@ -42,9 +44,15 @@ class KDDETRConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_positive("general_points", "temperature")
-        if not (self.asks_general or self.asks_specific):
-            raise UserError("all weights of kd_detr are 0: give one a value, or set method.name=none")
+        self.require_positive("general_points")
+        if self.temperature is not None:
+            self.require_positive("temperature")
+
+    @property
+    def logit_temperature(self) -> float:
+        if self.temperature is not None:
+            return self.temperature
+        return 10.0 if self.divergence == "softmax" else 1.0
 
     @property
     def asks_general(self) -> bool:
@@ -103,6 +111,12 @@ class KDDETR(DistillationMethod):
                 f"method.divergence 'bernoulli' needs a class head of sigmoids, {student.family} has a softmax: "
                 "set method.divergence=softmax"
             )
+        one = not self.softmax and len(student.class_names) == 1
+        if one and config.divergence == "softmax" and (config.general_class_weight or config.specific_class_weight):
+            raise UserError(
+                f"method.divergence 'softmax' compares classes with each other, but {student.family} has a single "
+                "logit for the one class that both know: set method.divergence=bernoulli method.temperature=null"
+            )
         self.translate = Translator(student, teacher)
 
     def compare(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
@@ -142,15 +156,17 @@ class KDDETR(DistillationMethod):
     def _imitate(self, student: DetectorOutput, teacher: DetectorOutput) -> dict[str, Tensor]:
         """Distances of two answers to one question: point by point, layers summed, images averaged."""
         layers = [theirs for _, theirs in align_layers(student, teacher, self.config.layers)]
-        if self.config.teacher_layer == "last":
-            layers = [-1] * len(layers)
         s_logits, s_boxes = full(student.logits[-len(layers) :]), full(student.boxes[-len(layers) :])
+        if self.config.teacher_layer == "last":
+            layers = [-1]  # one for all
         t_logits, t_boxes = (
             torch.stack([full(x[layer].detach()) for layer in layers]) for x in (teacher.logits, teacher.boxes)
         )
-        temperature, as_one = self.config.temperature, self.config.divergence == "softmax"
-        divergence = class_divergence(s_logits / temperature, t_logits / temperature, as_one)
+        weights = point_weights(t_logits, self.softmax)  # (L or 1, B, Q)
         l1, giou = box_distances(s_boxes, t_boxes)
-        weights = point_weights(t_logits, self.softmax)  # (L, B, Q)
+        temperature, as_one = self.config.logit_temperature, self.config.divergence == "softmax"
+        if not as_one:
+            t_logits = t_logits.expand_as(s_logits)  # binary cross entropy does not broadcast
+        divergence = class_divergence(s_logits / temperature, t_logits / temperature, as_one)
         distances = {"class": temperature**2 * divergence, "box": l1, "giou": giou}
         return {term: (weights * distance).sum(-1).mean(1).sum() for term, distance in distances.items()}
