@@ -224,6 +224,21 @@ def test_the_command_takes_short_epochs_and_checkpointing_and_pushes_nothing(pla
     assert "'-1' is no number from 0 upwards" in capsys.readouterr().err
 
 
+def test_terms_of_several_methods_have_their_own_knobs(places, tmp_path, capsys):
+    values = configuration(places, output_dir=str(tmp_path / "never"))
+    values["method"] = ["qskd", {"name": "asd", "weight": 0.5}, "detrdistill"]
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values))
+    assert run("doctor", ["--config", str(file), "--steps", "1", "--images", "0"]) == 0
+    out = capsys.readouterr().out
+    table = {line.split("  ")[0]: line.split() for line in out.splitlines() if line}
+    assert "qskd+asd+detrdistill needs attention, decode, features;" in out
+    assert "attention of the teacher is computed step by step" in out
+    for term, knob in (("qskd_giou", "method.qskd.giou_weight=2"), ("asd_box", "method.asd.box_weight=5")):
+        assert table[term][2] == knob and float(table[term][3]) > 0
+    assert table["distillation"][2:] == ["-", "-"]
+
+
 def test_batches_without_labels_have_no_gradient_ratio(places, tmp_path, capsys):
     values = configuration(places, data={"train_split": None, "unlabelled": str(places / "more")})
     values["training"] |= {"output_dir": str(tmp_path / "never")}

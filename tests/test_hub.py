@@ -51,6 +51,13 @@ def hub():
         yield server
 
 
+def test_a_card_cites_every_method(tmp_path):
+    other = {"title": "Another", "id": "arXiv:1111.11111", "bibtex": "@article{another, title={Another}}"}
+    text = card(tmp_path, method_papers=[PAPER, {}, other]).text
+    assert "with the method of *A Method* (arXiv:0000.00000) and of *Another* (arXiv:1111.11111)" in text
+    assert f"{PAPER['bibtex']}\n\n{other['bibtex']}\n```" in text
+
+
 def test_card_metadata(tmp_path):
     data = card(tmp_path).data
     assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "object-detection")
