@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .detectors.base import DetectorOutput, sum_over_ranks
 from .matching import match_targets
-from .ops import cxcywh_to_xyxy, generalized_iou
+from .ops import cxcywh_to_xyxy, full, generalized_iou
 
 
 class DetectionCriterion:
@@ -77,10 +77,10 @@ class DetectionCriterion:
             pairs: of the decoder's queries, from `assign`, to take instead of matching; proposals are left out then.
         """
         with torch.autocast(output.logits.device.type, enabled=False):
-            predictions = {"": (_full(output.logits), _full(output.boxes))}
+            predictions = {"": (full(output.logits), full(output.boxes))}
             if output.proposals is not None and pairs is None:
                 logits, boxes = output.proposals
-                predictions["_enc"] = _full(logits)[None], _full(boxes)[None]
+                predictions["_enc"] = full(logits)[None], full(boxes)[None]
             classes = torch.cat([label["class_labels"] for label in labels])
             boxes = torch.cat([label["boxes"] for label in labels]).to(predictions[""][1].dtype)
             # Proposals tell objects from background: class 0 stands for every object.
@@ -107,7 +107,7 @@ class DetectionCriterion:
         with torch.autocast(outputs[0].logits.device.type, enabled=False):
             classes = torch.cat([label["class_labels"] for label in labels])
             boxes = torch.cat([label["boxes"] for label in labels])
-            stages = [(_full(x.logits), _full(x.boxes), classes, boxes.to(_full(x.boxes).dtype)) for x in outputs]
+            stages = [(full(x.logits), full(x.boxes), classes, boxes.to(full(x.boxes).dtype)) for x in outputs]
             return self.match(stages, [len(label["class_labels"]) for label in labels])
 
     @torch.no_grad()
@@ -192,10 +192,6 @@ class DetectionCriterion:
             "loss_bbox": self.bbox_loss_weight * (predicted - wanted).abs().sum(),
             "loss_giou": self.giou_loss_weight * (1 - giou).sum(),
         }
-
-
-def _full(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _normalised(sums: dict[str, Tensor], weights: dict[str, Tensor], num_boxes: int) -> dict[str, Tensor]:

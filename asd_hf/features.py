@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .detectors.base import DetectorOutput, DetectorSpec
-from .ops import cxcywh_to_xyxy
+from .ops import cxcywh_to_xyxy, full
 
 
 def pair_levels(student: DetectorSpec, teacher: DetectorSpec) -> list[tuple[int, int]]:
@@ -54,17 +54,13 @@ class AlignedMaps(nn.Module):
         levels = []
         with torch.autocast(teacher.mask.device.type, enabled=False):
             for (ours, theirs), project in zip(self.pairs, self.project, strict=True):
-                target = _full(teacher.features[theirs].detach())
+                target = full(teacher.features[theirs].detach())
                 valid = valid_cells(teacher.mask, target.shape[-2:]).to(target)
-                source = _full(student.features[ours])
+                source = full(student.features[ours])
                 if student.mask is not teacher.mask or source.shape[-2:] != target.shape[-2:]:
                     source = _resample(source, student.mask, teacher.mask, target.shape[-2:])
                 levels.append((project(source) * valid, target * valid, valid))
         return levels
-
-
-def _full(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def map_distance(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:

@@ -1,9 +1,14 @@
-"""Arithmetic on boxes, and noise that can be drawn again; shared by the criterion and the methods."""
+"""Arithmetic on boxes, its precision, and noise that can be drawn again; shared by the criterion and the methods."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def full(x: Tensor) -> Tensor:
+    """In fp32, or wider if it was."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops import full
+
 Look = Callable[[Tensor], list[Tensor]]
 
 
@@ -27,7 +29,7 @@ class Attention:
 
 def dense_look(attention: Tensor, size: Sequence[int]) -> Look:
     """`Attention.look` of attention (L, B, Q, H * W) to the one feature map of this `size` (H, W)."""
-    attention = at_least_fp32(attention)
+    attention = full(attention)
 
     def look(weights: Tensor) -> list[Tensor]:
         with torch.autocast(attention.device.type, enabled=False):
@@ -48,7 +50,7 @@ def sampled_look(
         sizes: (H, W) of each level.
         nearest: points read one cell and not the four around them, as in RT-DETRv2's discrete sampling.
     """
-    points, attention = [at_least_fp32(p) for p in points], [at_least_fp32(a) for a in attention]
+    points, attention = [full(p) for p in points], [full(a) for a in attention]
 
     def look(weights: Tensor) -> list[Tensor]:
         maps = []
@@ -88,8 +90,3 @@ def splat(points: Tensor, mass: Tensor, size: Sequence[int], nearest: bool = Fal
             shares.append(mass * across * down * inside)
     maps = mass.new_zeros(len(mass), height * width)
     return maps.scatter_add(1, torch.cat(cells, 1), torch.cat(shares, 1)).unflatten(1, size)
-
-
-def at_least_fp32(tensor: Tensor) -> Tensor:
-    """float64 stays as it is."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

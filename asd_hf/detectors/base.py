@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .attention import Attention, Look, at_least_fp32, sampled_look
+from ..ops import full
+from .attention import Attention, Look, sampled_look
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ class DetectorAdapter:
                 between = []
                 for context, weights in (tap["queries"][2] for tap in taps):
                     # Groups of queries that do not see each other stand behind the images of the first one.
-                    between.append(at_least_fp32(weights[: len(context)]).mean(1)[:, shown, shown])
+                    between.append(full(weights[: len(context)]).mean(1)[:, shown, shown])
                 look = self.read_look(taps, [level.shape[2:] for level in features], shown)
                 return Attention(torch.stack(between), look)
 

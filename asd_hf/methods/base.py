@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..detectors.base import DetectorOutput, DetectorSpec
 from ..errors import UserError
+from ..ops import full as full  # for methods
 from ..registry import nearest
 
 
@@ -69,7 +71,7 @@ class DistillationMethod(nn.Module):
             alone.
         teacher_requires: capabilities that the teacher must have beyond those.
         self_taught: the teacher must be the student's own moving average (`model.teacher: ema`).
-        paper: title, id and BibTeX of the source, for the model card.
+        paper: title, id and BibTeX of the source, for the model card; empty for a control.
     """
 
     config_class: type[MethodConfig]
@@ -129,9 +131,17 @@ def align_layers(student: DetectorOutput, teacher: DetectorOutput, count: int | 
     return [(ours - back, theirs - back if back <= theirs else theirs - 1) for back in range(count, 0, -1)]
 
 
-def full(x: Tensor) -> Tensor:
-    """In fp32, or wider if it was."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def take_layers(output: DetectorOutput, layers: Sequence[int]) -> DetectorOutput:
+    """`output` with the predictions and states of these decoder layers alone."""
+    logits, boxes, queries = (
+        torch.stack([x[layer] for layer in layers]) for x in (output.logits, output.boxes, output.queries)
+    )
+    return replace(output, logits=logits, boxes=boxes, queries=queries)
+
+
+def take_queries(x: Tensor, index: Tensor) -> Tensor:
+    """(..., P, D): of `x` (..., Q, D) the queries `index` (..., P)."""
+    return x.take_along_dim(index[..., None], -2)
 
 
 def check_layers(count: int | None, student: DetectorSpec, key: str = "layers") -> None:

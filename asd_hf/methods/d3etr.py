@@ -16,7 +16,7 @@ from ..distances import imitation_losses, pair_costs
 from ..features import AlignedMaps
 from ..matching import match_sets
 from ..questions import Translator, ask
-from .base import DistillationMethod, MethodConfig, align_layers, check_layers, full, option
+from .base import DistillationMethod, MethodConfig, align_layers, check_layers, full, option, take_queries
 
 ATTENTION = {"self_attention": {"kl": 1.0, "mse": 1e4}, "cross_attention": {"kl": 1.0, "mse": 1e3}}
 # This part of every distribution is spread evenly: cells that no sampling point touches would have no logarithm.
@@ -153,8 +153,8 @@ class D3ETR(DistillationMethod):
             pairs: queries (N, B, P) of the student and of the teacher.
         """
         with torch.autocast(student.logits.device.type, enabled=False):
-            ours = [_take(x, pairs[0]) for x in _predictions(student, range(-len(layers), 0))]
-            theirs = [_take(x, pairs[1]).detach() for x in _predictions(teacher, layers)]
+            ours = [take_queries(x, pairs[0]) for x in _predictions(student, range(-len(layers), 0))]
+            theirs = [take_queries(x, pairs[1]).detach() for x in _predictions(teacher, layers)]
             losses = dict(zip(("class", "box", "giou"), imitation_losses(ours, theirs, self.softmax), strict=True))
             if "self_attention" in weights:
                 losses["self_attention"] = self._self_attention(student, teacher, layers, pairs)
@@ -169,7 +169,7 @@ class D3ETR(DistillationMethod):
         ours = full(student.attention.queries[-len(layers) :])
         theirs = torch.stack([full(teacher.attention.queries[layer].detach()) for layer in layers])
         ours, theirs = (
-            _take(x, index).take_along_dim(index[:, :, None], 3)  # (N, B, P, P)
+            take_queries(x, index).take_along_dim(index[:, :, None], 3)  # (N, B, P, P)
             for x, index in zip((ours, theirs), pairs, strict=True)
         )
         return self._distance(ours, theirs, torch.ones_like(theirs)).mean((1, 2)).sum()
@@ -205,11 +205,6 @@ class D3ETR(DistillationMethod):
 def _predictions(output: DetectorOutput, layers: list[int] | range) -> tuple[Tensor, Tensor]:
     """Logits (N, B, Q, C) and boxes (N, B, Q, 4) of these layers."""
     return tuple(torch.stack([full(x[layer]) for layer in layers]) for x in (output.logits, output.boxes))
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """(N, B, P, .): of `x` (N, B, Q, .) the queries `index` (N, B, P)."""
-    return x.take_along_dim(index[..., None], 2)
 
 
 def _looks(output: DetectorOutput, index: Tensor) -> list[Tensor]:

@@ -5,8 +5,7 @@ Letters beside the usual: N layers that are distilled, P matched pairs, K predic
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from ..features import AlignedMaps
 from ..matching import match_sets
 from ..questions import Translator, ask
 from ..targets import pad_labels
-from .base import DistillationMethod, MethodConfig, align_layers, check_layers, full, option
+from .base import DistillationMethod, MethodConfig, align_layers, check_layers, full, option, take_layers, take_queries
 
 Predictions = tuple[Tensor, Tensor]  # logits (N, B, Q, C) and boxes (N, B, Q, 4)
 
@@ -173,9 +172,9 @@ class DETRDistill(DistillationMethod):
 
     def compare(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
         config, layers = self.config, align_layers(student, teacher, self.config.layers)
-        ours = _pick_layers(student, [layer for layer, _ in layers])
+        ours = take_layers(student, [layer for layer, _ in layers])
         with torch.no_grad():
-            theirs = _pick_layers(teacher, [layer for _, layer in layers])
+            theirs = take_layers(teacher, [layer for _, layer in layers])
         losses: dict[str, Tensor] = {}
         self.statistics = {}
         with torch.autocast(student.logits.device.type, enabled=False):
@@ -185,7 +184,7 @@ class DETRDistill(DistillationMethod):
                 losses["detrdistill_feature"] = config.feature_weight * self._feature_loss(ours, theirs, labels)
         if config.assigns:
             answer = ask(student, self.translator(teacher.decode.own, teacher))
-            losses |= self._assignment_losses(_pick_layers(answer, range(-len(layers), 0)), theirs, labels)
+            losses |= self._assignment_losses(take_layers(answer, range(-len(layers), 0)), theirs, labels)
         return losses
 
     # -- Hungarian-matching logits distillation -----------------------------------------------------------------------
@@ -196,7 +195,7 @@ class DETRDistill(DistillationMethod):
         theirs = logits, clip_to_image(boxes) if config.clip_boxes else boxes
         rows, columns = self._match(ours, theirs)  # (N, B, P) each
         self.statistics = _kept_pairs(rows, columns, ours[0].shape[2])
-        pairs = [_take(x, rows) for x in ours], [_take(x, columns) for x in theirs]
+        pairs = [take_queries(x, rows) for x in ours], [take_queries(x, columns) for x in theirs]
         classes, l1, giou = imitation_losses(*pairs, self.softmax)
         losses = {
             "detrdistill_class": config.class_weight * classes,
@@ -204,7 +203,7 @@ class DETRDistill(DistillationMethod):
             "detrdistill_giou": config.giou_weight * giou,
         }
         if self.contrast is not None:
-            states = _take(full(student.queries), rows), _take(full(teacher.queries), columns)
+            states = take_queries(full(student.queries), rows), take_queries(full(teacher.queries), columns)
             contrast = self.contrast(*states).mean(1).sum()
             losses["detrdistill_contrastive"] = config.term_weight("contrastive") * contrast
         return losses
@@ -251,7 +250,7 @@ class DETRDistill(DistillationMethod):
         iou = box_iou(boxes[..., None, :], objects.to(boxes)[:, None]).amax(-1)  # (N, B, T), 0 with padding
         iou = torch.where(there.any(-1)[:, None], iou, 1)  # without objects the score alone counts
         quality = scores * iou.gather(-1, query)
-        return (quality[..., None] * _take(F.normalize(states, dim=-1), query)).sum(2)
+        return (quality[..., None] * take_queries(F.normalize(states, dim=-1), query)).sum(2)
 
     # -- query-prior assignment distillation --------------------------------------------------------------------------
 
@@ -266,19 +265,6 @@ class DETRDistill(DistillationMethod):
             "detrdistill_assignment_box": losses["loss_bbox"],
             "detrdistill_assignment_giou": losses["loss_giou"],
         }
-
-
-def _pick_layers(output: DetectorOutput, layers: Iterable[int]) -> DetectorOutput:
-    """`output` with N of its decoder layers."""
-    logits, boxes, queries = (
-        torch.stack([x[layer] for layer in layers]) for x in (output.logits, output.boxes, output.queries)
-    )
-    return replace(output, logits=logits, boxes=boxes, queries=queries)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """(N, B, P, .): of `x` (N, B, Q, .) the queries `index` (N, B, P)."""
-    return x.take_along_dim(index[..., None], 2)
 
 
 def _kept_pairs(rows: Tensor, columns: Tensor, num_students: int) -> dict[str, Tensor]:

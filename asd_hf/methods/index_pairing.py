@@ -42,18 +42,6 @@ class IndexPairing(DistillationMethod):
     """
 
     config_class = IndexPairingConfig
-    paper = {
-        "title": "DETRDistill: A Universal Knowledge Distillation Framework for DETR-families",
-        "id": "arXiv 2211.10156",
-        "bibtex": "@inproceedings{detrdistill,\n"
-        "  title={{DETRDistill}: A Universal Knowledge Distillation Framework for {DETR}-families},\n"
-        "  author={Chang, Jiahao and Wang, Shuo and Xu, Hai-Ming and Chen, Zehui "
-        "and Yang, Chenhongyi and Zhao, Feng},\n"
-        "  booktitle={Proceedings of the IEEE/CVF International Conference on Computer Vision},\n"
-        "  pages={6898--6908},\n"
-        "  year={2023}\n"
-        "}",
-    }
 
     def __init__(self, config: IndexPairingConfig, student: DetectorSpec, teacher: DetectorSpec) -> None:
         super().__init__(config, student, teacher)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +11,11 @@ from torch import Tensor
 
 from ..criterion import DetectionCriterion
 from ..detectors.base import DetectorOutput, DetectorSpec, sum_over_ranks
-from ..distances import box_distances, class_divergence
+from ..distances import box_distances, box_iou, class_divergence
 from ..errors import UserError
-from ..ops import cxcywh_to_xyxy
 from ..questions import Question, ask
 from ..targets import pad_labels
-from .base import DistillationMethod, MethodConfig, full, option
+from .base import DistillationMethod, MethodConfig, full, option, take_queries
 
 NO_OBJECT_WEIGHT = 0.1  # of queries without object in the cross entropy of softmax heads, as in DETR
 
@@ -177,7 +177,7 @@ class ODDETR(DistillationMethod):
         Of softmax heads (..., C - 1): 1 at the target's class, for they know no quality.
         """
         rating = torch.zeros_like(logits[..., :-1] if self.softmax else logits)
-        quality = torch.ones_like(boxes[..., 0]) if self.softmax else _iou(boxes.detach(), targets)
+        quality = torch.ones_like(boxes[..., 0]) if self.softmax else box_iou(boxes.detach(), targets)
         return rating.scatter(-1, classes[..., None], (quality * there)[..., None])
 
     def _class_loss(self, logits: Tensor, rating: Tensor) -> Tensor:
@@ -243,23 +243,21 @@ class ODDETR(DistillationMethod):
         # The teacher's predictions of all layers and queries are candidates: (B, G, L * Q), the best (B, G * count).
         best = cost.permute(1, 3, 0, 2).flatten(2).topk(count, -1, largest=False).indices.flatten(1)
         best = best[:, :num_queries]
-        queries, positions, references = teacher.decode.own
+        _, positions, references = teacher.decode.own
         states, places = (x.transpose(0, 1).flatten(1, 2) for x in (teacher.queries, teacher.boxes))
+        chosen = (
+            take_queries(states, best),
+            None if positions is None else take_queries(positions, best % num_queries),
+            None if references is None else take_queries(places, best)[..., : references.shape[-1]],
+        )
         asked = (
-            _put(queries, _pick(states, best), there),
-            None if positions is None else _put(positions, _pick(positions, best % num_queries), there),
-            None if references is None else _put(references, _pick(places, best)[..., : references.shape[-1]], there),
+            None if own is None else _put(own, new, there) for own, new in zip(teacher.decode.own, chosen, strict=True)
         )
         return _detached(asked), best.shape[1]
 
 
-def _detached(question: Question) -> Question:
+def _detached(question: Iterable[Tensor | None]) -> Question:
     return tuple(None if x is None else x.detach() for x in question)
-
-
-def _pick(x: Tensor, index: Tensor) -> Tensor:
-    """Rows (B, M, D) of `x` (B, N, D)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def _put(own: Tensor, chosen: Tensor, there: Tensor) -> Tensor:
@@ -267,12 +265,3 @@ def _put(own: Tensor, chosen: Tensor, there: Tensor) -> Tensor:
     count = chosen.shape[1]
     first = torch.where(there[:, :count, None], chosen.to(own.dtype), own[:, :count])
     return torch.cat([first, own[:, count:]], 1)
-
-
-def _iou(a: Tensor, b: Tensor) -> Tensor:
-    """Of cxcywh boxes (..., 4), element by element; 0 where both are without area."""
-    a, b = cxcywh_to_xyxy(a), cxcywh_to_xyxy(b)
-    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
-    intersection = (high - low).clamp(min=0).prod(-1)
-    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - intersection
-    return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..features import AlignedMaps, valid_cells
 from ..ops import cxcywh_to_xyxy, generalized_iou
 from ..targets import pad_labels
-from .base import DistillationMethod, MethodConfig, align_layers, check_layers, full, option
+from .base import DistillationMethod, MethodConfig, align_layers, check_layers, full, option, take_layers, take_queries
 
 
 @dataclass
@@ -105,7 +105,7 @@ class QSKD(DistillationMethod):
     def compare(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
         config = self.config
         layers = align_layers(student, teacher, config.layers)
-        ours, theirs = _take(student, [i for i, _ in layers]), _take(teacher, [j for _, j in layers])
+        ours, theirs = take_layers(student, [i for i, _ in layers]), take_layers(teacher, [j for _, j in layers])
         matched = self.criterion.assign([ours, theirs], labels)
         losses: dict[str, Tensor] = {}
         with torch.autocast(student.logits.device.type, enabled=False):
@@ -179,8 +179,8 @@ class QSKD(DistillationMethod):
         partner = (starts[1].gather(-1, objects) + rank).clamp(max=t_groups.order.shape[-1] - 1)
         partner = t_groups.order.gather(-1, partner)
 
-        boxes = _pick(full(student.boxes), order), _pick(full(teacher.boxes.detach()), partner)
-        logits = _pick(full(student.logits), order), _pick(full(teacher.logits.detach()), partner)
+        boxes = take_queries(full(student.boxes), order), take_queries(full(teacher.boxes.detach()), partner)
+        logits = take_queries(full(student.logits), order), take_queries(full(teacher.logits.detach()), partner)
         l1, giou = box_distances(*boxes)
         distances = {"qskd_class": class_divergence(*logits, self.softmax), "qskd_box": l1, "qskd_giou": giou}
         count = paired.sum((1, 2)).to(l1.dtype)  # (L,)
@@ -188,14 +188,3 @@ class QSKD(DistillationMethod):
         total, num_ranks = sum_over_ranks(count)
         count = total.clamp(min=1) / num_ranks
         return {name: ((paired * distance).sum((1, 2)) / count).sum() for name, distance in distances.items()}
-
-
-def _take(output: DetectorOutput, layers: list[int]) -> DetectorOutput:
-    """The predictions of these layers."""
-    logits, boxes = (torch.stack([x[layer] for layer in layers]) for x in (output.logits, output.boxes))
-    return replace(output, logits=logits, boxes=boxes)
-
-
-def _pick(x: Tensor, index: Tensor) -> Tensor:
-    """Rows (L, B, N, D) of `x` (L, B, Q, D)."""
-    return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
