@@ -305,6 +305,22 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_known_assignment_takes_the_place_of_matching(activation):
+    criterion = DetectionCriterion(activation)
+    output = predictions(proposals=30 if activation == "sigmoid" else None)
+    labels = tiny.batch(4, num_classes=4)["labels"]
+    whole = criterion(output, labels)
+    pairs, again = criterion.assign([output, output], labels)
+    assert torch.equal(pairs[0], again[0]) and torch.equal(pairs[1], again[1])
+    known = criterion(output, labels, pairs=pairs)
+    assert set(known) == {"loss_ce", "loss_bbox", "loss_giou"}  # proposals are left out
+    assert all(torch.equal(known[name], whole[name]) for name in known)
+    query, target = pairs
+    other = criterion(output, labels, pairs=(query, target.flip(0)))
+    assert other["loss_bbox"] > known["loss_bbox"]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_one_copy_to_the_host_a_step(monkeypatch, activation):
     copies = []
     cpu = torch.Tensor.cpu
