@@ -24,8 +24,8 @@ class FGDConfig(MethodConfig):
 
     The weights go with sums over channels and cells, so larger images have larger losses. Unrelated maps of 256
     channels with a variance of 1 (images of 800 x 1333, 7 objects) start at 13, 1, 1 and 57, in the order of the
-    weights. The authors' advice: keep the ratios and scale all terms together, here by `weight`, until the smallest is
-    about 0.1 to 2.
+    weights. Most families have maps of another variance, see `AlignedMaps`. The authors' advice: keep the ratios and
+    scale all terms together, here by `weight`, until the smallest is about 0.1 to 2; `asd-hf doctor` shows them.
     """
 
     foreground_weight: float = option(1e-3, "alpha, of the cells of objects")
@@ -51,9 +51,10 @@ class FGD(DistillationMethod):
     Requires: feature maps of both, and boxes. An image without objects, or without labels, is all background.
 
     Differs from the paper in: a 1x1 convolution only where the widths differ, as in its code; maps of other strides
-    than the teacher's are resampled. Differs from the code in: maps are taken after normalisation, where they have
-    another scale; cells of padding are left out of all sums, means and attentions; objects lie where the image is and
-    are not stretched over the padding; the weights of the cells of a context have no bias, which would cancel.
+    than the teacher's are resampled. Differs from the code in: maps are those that the transformer reads, of another
+    scale than a dense detector's; cells of padding are left out of all sums, means and attentions; objects lie where
+    the image is and are not stretched over the padding; the weights of the cells of a context have no bias, which
+    would cancel.
     """
 
     config_class = FGDConfig

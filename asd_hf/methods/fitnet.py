@@ -21,7 +21,8 @@ from .base import DistillationMethod, MethodConfig, option
 class FitNetConfig(MethodConfig):
     """Options of feature imitation."""
 
-    # Maps come normalised, with a variance near 1 in each cell: the loss starts between 1 and 2.
+    # On maps with a variance near 1, as in Deformable DETR, the loss starts between 1 and 2. Most families have
+    # others, see `AlignedMaps`: tune it with `asd-hf doctor`.
     features_weight: float = option(1.0, "Weight of the squared difference of the maps")
     always_adapt: bool = option(False, "A 1x1 convolution on the student's maps also where the widths are the same")
 

@@ -24,7 +24,8 @@ class MGDConfig(MethodConfig):
     """Options of masked generative distillation."""
 
     # The code sums over channels and cells and weighs by 2e-5, which on maps of 100 x 167 x 256 is 85 times the mean.
-    # The mean over normalised maps starts near 1, and so does this loss.
+    # The mean over maps with a variance near 1, as in Deformable DETR, starts near 1, and so does this loss. Most
+    # families have others, see `AlignedMaps`: tune it with `asd-hf doctor`.
     generation_weight: float = option(1.0, "Weight of the squared difference of generated and teacher's maps")
     mask_ratio: float = option(0.65, "Part of the cells that the student must do without (code: 0.65; 0.45 two-stage)")
 
