@@ -36,10 +36,11 @@ class AlignedMaps(nn.Module):
     A 1x1 convolution where the widths differ, bilinear sampling where the cells do. The maps of two views of an image
     are compared in the frame of the valid image, wherever their canvases end.
 
-    How large their differences are depends on the teacher. Maps of Deformable DETR, Grounding DINO, LW-DETR and RF-DETR
-    end in a norm of each image or cell and have a variance near 1. Those of other families have any: of DETR and its
-    kin they end in a bare 1x1 convolution, of D-FINE and DEIMv2 in nothing where the widths agree, of YOLOS they are
-    its patches, and of a fresh RT-DETR the variance is 0.02 to 0.05. Weights are to be tuned there with `asd-hf doctor`.
+    How large their differences are depends on the teacher. Maps of Deformable DETR, Grounding DINO, LW-DETR and
+    RF-DETR end in a norm of each image or cell and have a variance near 1. Those of other families have any: of DETR
+    and its kin they end in a bare 1x1 convolution, of D-FINE and DEIMv2 in nothing where the widths agree, of YOLOS
+    they are its patches, and of a fresh RT-DETR the variance is 0.02 to 0.05. Weights are to be tuned there with
+    `asd-hf doctor`.
 
     Args:
         student, teacher: specs of the two.
