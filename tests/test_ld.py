@@ -170,12 +170,12 @@ def side_divergence(config, ours, theirs, place, values):
 def class_divergence(config, s_logits, t_logits, softmax_head):
     t = config.class_temperature
     if softmax_head:
-        return divergence(softmax(t_logits), softmax(s_logits), t) / len(s_logits)
+        return divergence(softmax(t_logits), softmax(s_logits), t)
     total = 0.0
     for a, b in zip(t_logits, s_logits, strict=True):
         p, q = sigmoid(a / t), sigmoid(b / t)
         total += t * t * (p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)))
-    return total / len(s_logits)
+    return total
 
 
 def reference(config, ours, theirs, labels, softmax_head=False, values=None, found=None):
