@@ -395,7 +395,8 @@ def _knob(parts: Parts, term: str) -> tuple[str, float | None]:
     """Key and value of the weight of a loss, if it has one."""
     methods = parts.run.methods
     for name, config in methods.items():
-        key = f"{term.removeprefix(name + '_')}_weight"
-        if term.startswith(name + "_") and hasattr(config, key):
-            return ("method." if len(methods) == 1 else f"method.{name}.") + key, getattr(config, key)
+        part = term.removeprefix(name + "_")
+        if part != term and config.term_weight(part) is not None:
+            key = f"{part}_weight"
+            return f"method.{key}" if len(methods) == 1 else f"method.{name}.{key}", config.term_weight(part)
     return "", None
