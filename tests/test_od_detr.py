@@ -98,7 +98,7 @@ def class_loss(logits, rated, is_softmax):
     if is_softmax:
         log_p = [math.log(p) for p in softmax(logits)]
         if not rated:
-            return -0.1 * log_p[-1]
+            return -log_p[-1]
         return -sum(log_p[c] for c in rated) / len(rated)
     total = 0
     for c, z in enumerate(logits):
@@ -133,6 +133,7 @@ def reference(student, taught, labels, is_softmax, per_object=2):
         return dict(zip(*linear_sum_assignment(costs), strict=True))
 
     for layer in range(num_layers):
+        class_total, weights = 0.0, 0.0
         for image in range(num_images):
             if not labels[image].get("labelled", True):
                 continue
@@ -144,12 +145,14 @@ def reference(student, taught, labels, is_softmax, per_object=2):
                     if q in found:
                         kind, target = objects[image][found[q]]
                         rated[kind] = max(rated.get(kind, 0.0), iou_giou(box, target)[0])
-                loss = class_loss(s_logits[layer][image][q], rated, is_softmax)
-                total["od_detr_matching_class"] += loss / num_objects
+                weight = 0.1 if is_softmax and not rated else 1.0
+                class_total += weight * class_loss(s_logits[layer][image][q], rated, is_softmax)
+                weights += weight
                 if q in theirs and q not in own:
                     target = objects[image][theirs[q]][1]
                     total["od_detr_matching_box"] += l1(box, target) / num_objects
                     total["od_detr_matching_giou"] += (1 - iou_giou(box, target)[1]) / num_objects
+        total["od_detr_matching_class"] += class_total / (weights if is_softmax else num_objects)
 
     answer_logits, answer_boxes = lists(student.decode(*taught.decode.own))
     for layer in range(num_layers):
@@ -312,22 +315,30 @@ def test_terms_of_no_weight_cost_nothing():
     assert set(without(student, taught, labels)) == set(MATCHING)
 
 
-def test_two_ranks_train_as_one(monkeypatch):
-    """An image's losses do not depend on the others of its batch, and counts are those of all ranks."""
+@pytest.mark.parametrize("name", ["deformable_detr_refine", "detr"])
+def test_two_ranks_train_as_one(name, monkeypatch):
+    """An image's losses do not depend on the others of its batch, and divisors are those of all ranks."""
     options = {"batch_size": 4, "boxes": (1, 0, 5, 2), "sizes": ((64, 64),)}
-    student, taught, labels, adapter, _ = scene(**options)
+    student, taught, labels, adapter, _ = scene(name, **options)
     whole = method(adapter.spec)(student, taught, labels)
-    halves = []
-    monkeypatch.setattr(od_detr, "sum_over_ranks", lambda count: (torch.full_like(count, 8), 2))
-    student_adapter, teacher_adapter = adapters()
-    batch = tiny.batch(**options)
+    student_adapter, teacher_adapter = adapters(name)
+    batch, halves = tiny.batch(**options), []
     for rows in (slice(0, 2), slice(2, 4)):
         pixels = batch["pixel_values"][rows], batch["pixel_mask"][rows]
         with torch.no_grad():
-            pair = student_adapter(*pixels), teacher_adapter(*pixels)
-        halves.append(method(adapter.spec)(*pair, labels[rows]))
+            halves.append((student_adapter(*pixels), teacher_adapter(*pixels), labels[rows]))
+    sums = []
+    monkeypatch.setattr(od_detr, "sum_over_ranks", lambda count: (sums[-1].append(count) or count, 1))
+    for half in halves:
+        sums.append([])
+        method(adapter.spec)(*half)
+    ranks = []
+    for half in halves:
+        totals = iter([sum(counts) for counts in zip(*sums, strict=True)])
+        monkeypatch.setattr(od_detr, "sum_over_ranks", lambda count, totals=totals: (next(totals), 2))
+        ranks.append(method(adapter.spec)(*half))
     for term in TERMS:
-        assert ((halves[0][term] + halves[1][term]) / 2).item() == pytest.approx(whole[term].item(), rel=1e-9), term
+        assert sum(rank[term].item() for rank in ranks) / 2 == pytest.approx(whole[term].item(), rel=1e-9), term
 
 
 # -- gradients --------------------------------------------------------------------------------------------------------

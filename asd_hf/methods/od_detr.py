@@ -20,7 +20,8 @@ from .base import DistillationMethod, MethodConfig, full, option, take_queries
 NO_OBJECT_WEIGHT = 0.1  # of queries without object in the cross entropy of softmax heads, as in DETR
 
 
-# The abstract names no weights. These are those of the detection losses: every term is normalised as they are.
+# The abstract names no weights. These are those of the detection losses, and terms against labels are normalised as
+# those are. Terms of predictions are means over all queries, of which most see background: they are much smaller.
 @dataclass
 class ODDETRConfig(MethodConfig):
     """Options of OD-DETR. Its weights are not in the text that we could read: all defaults are our choice."""
@@ -141,7 +142,10 @@ class ODDETR(DistillationMethod):
     def _matching(
         self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict], num_objects: Tensor
     ) -> dict[str, Tensor]:
-        """Losses of each query (L, B, Q) for its own object and for that of the teacher's query."""
+        """Losses of each query (L, B, Q) for its own object and for that of the teacher's query.
+
+        Sums over queries, divided by the number of objects; the cross entropy by its weights, layer by layer.
+        """
         matched = self.criterion.assign([student, teacher], labels)
         with torch.autocast(student.logits.device.type, enabled=False):
             logits, boxes = full(student.logits), full(student.boxes)
@@ -156,17 +160,26 @@ class ODDETR(DistillationMethod):
                 objects.append(of_query)
             own, theirs = objects
             ratings = [self._rate(logits, boxes, classes[x], targets[x], x < nothing) for x in objects]
-            class_loss = self._class_loss(logits, torch.maximum(*ratings))
+            rating = torch.maximum(*ratings)
+            weight = torch.ones_like(boxes[..., 0])
+            if self.softmax:
+                weight = weight.masked_fill(~rating.any(-1), NO_OBJECT_WEIGHT)
             flags = [label.get("labelled", True) for label in labels]
             if not all(flags):
-                class_loss = class_loss * torch.tensor(flags)[:, None].to(class_loss, non_blocking=True)
+                weight = weight * torch.tensor(flags)[:, None].to(weight, non_blocking=True)
+            class_loss = (weight * self._class_loss(logits, rating)).sum((1, 2))  # (L,)
+            if self.softmax:
+                total, num_ranks = sum_over_ranks(weight.sum((1, 2)))
+                class_loss = class_loss / (total.clamp(min=1e-6) / num_ranks)
+            else:
+                class_loss = class_loss / num_objects
             l1, giou = box_distances(boxes, targets[theirs])
             there = theirs < nothing
             # The query's own object, if it has one, is what the detection losses move its box to.
             alone = there & (own == nothing)
             self.statistics = {"od_detr/same_match": (there & (own == theirs)).sum() / there.sum().clamp(min=1)}
             return {
-                "od_detr_matching_class": class_loss.sum() / num_objects,
+                "od_detr_matching_class": class_loss.sum(),
                 "od_detr_matching_box": (alone * l1).sum() / num_objects,
                 "od_detr_matching_giou": (alone * giou).sum() / num_objects,
             }
@@ -190,8 +203,7 @@ class ODDETR(DistillationMethod):
             return ((rating - logits.sigmoid()) ** 2 * bce).sum(-1)
         named = rating.sum(-1, keepdim=True)
         target = torch.cat([rating / named.clamp(min=1), (named == 0).to(rating.dtype)], -1)
-        weight = 1 - (1 - NO_OBJECT_WEIGHT) * target[..., -1]
-        return weight * -(target * logits.log_softmax(-1)).sum(-1)
+        return -(target * logits.log_softmax(-1)).sum(-1)
 
     # -- (ii) prediction distillation ----------------------------------------------------------------------------
 
