@@ -170,9 +170,11 @@ def reference(student, taught, labels, is_softmax, per_object=2):
     for image in range(num_images):
         place = 0
         for kind, target in objects[image]:
-            candidates = [
-                (cost(t_logits[layer][image][q], t_boxes[layer][image][q], kind, target, is_softmax), layer, q)
-                for layer in range(num_layers)
+            candidates = [  # each query once, of the layer where it fits best
+                min(
+                    (cost(t_logits[layer][image][q], t_boxes[layer][image][q], kind, target, is_softmax), layer, q)
+                    for layer in range(num_layers)
+                )
                 for q in range(num_queries)
             ]
             for _, layer, q in sorted(candidates)[:per_object]:

@@ -61,8 +61,8 @@ class ODDETR(DistillationMethod):
 
     Matching: a query is labelled by its own match with the ground truth, and by that of the teacher's query of the
     same number. Prediction: the student's decoder is asked the teacher's queries, and answers as the teacher does.
-    Auxiliary group: the queries of any of the teacher's decoder layers that fit an object best are asked of the
-    student's decoder, in a group of their own, and find that object.
+    Auxiliary group: the teacher's queries that fit an object best, each as it stands after the decoder layer where it
+    fits best, are asked of the student's decoder, in a group of their own, and find that object.
 
     Source: Wu et al., "OD-DETR: Online Distillation for Stabilizing Training of Detection Transformer", IJCAI 2024,
     arXiv 2406.05791. No code is public, and of the text we know the abstract and secondary accounts: these parts, the
@@ -252,9 +252,10 @@ class ODDETR(DistillationMethod):
         count, num_queries = self.config.queries_per_object, teacher.boxes.shape[2]
         boxes = full(teacher.boxes)
         cost = self.criterion.cost(full(teacher.logits), boxes, classes[:, ::count], targets[:, ::count].to(boxes))
-        # The teacher's predictions of all layers and queries are candidates: (B, G, L * Q), the best (B, G * count).
-        best = cost.permute(1, 3, 0, 2).flatten(2).topk(count, -1, largest=False).indices.flatten(1)
-        best = best[:, :num_queries]
+        cost, layer = cost.min(0)  # (B, Q, G): each query once, as the layer has it that fits best
+        query = cost.topk(count, 1, largest=False).indices  # (B, count, G)
+        best = layer.gather(1, query) * num_queries + query  # counted over L * Q
+        best = best.transpose(1, 2).flatten(1)[:, :num_queries]
         _, positions, references = teacher.decode.own
         states, places = (x.transpose(0, 1).flatten(1, 2) for x in (teacher.queries, teacher.boxes))
         chosen = (
