@@ -1,5 +1,6 @@
 """Localization distillation against loops in float64: matching by trying every assignment."""
 
+import logging
 import math
 from dataclasses import replace
 from itertools import permutations
@@ -266,11 +267,19 @@ def test_golden_of_distributions(options, values, layers):
     assert found
 
 
-def test_form_is_chosen_by_what_both_show():
-    for student, teacher, known in ((SIDES, SIDES, True), (SIDES, SPEC, False), (SPEC, SIDES, False)):
-        ld = method(student, teacher)
+def test_form_is_chosen_by_what_both_show_and_told(caplog):
+    caplog.set_level(logging.INFO, "asd_hf")
+    lacking = "discretised form, because deformable_detr shows no distributions over sides"
+    for student, teacher, told in (
+        (SIDES, SIDES, "distribution form"),
+        (SIDES, SPEC, lacking),
+        (SPEC, SIDES, lacking),
+    ):
+        ld, known = method(student, teacher), told == "distribution form"
         assert ld.uses_sides == known and ld.requires == ({"sides"} if known else set())
+        assert caplog.messages[-1] == f"ld: {told}"
     assert not method(SIDES, SIDES, form="discretised").uses_sides
+    assert caplog.messages[-1] == "ld: discretised form, because method.form says so"
     ours, theirs = output(6, 1, bins=7), output(6, 2)
     for name, loss in method(SIDES, SPEC)(ours, theirs, LABELS).items():
         assert torch.equal(loss, method()(output(6, 1), theirs, LABELS)[name])
