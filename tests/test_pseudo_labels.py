@@ -6,12 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torchvision.ops import batched_nms
 
 from asd_hf.detectors import get_adapter
 from asd_hf.detectors.base import DetectorOutput, DetectorSpec
+from asd_hf.distances import clip_to_image
 from asd_hf.errors import UserError
 from asd_hf.methods import get_method
 from asd_hf.methods.pseudo_labels import PseudoLabels, PseudoLabelsConfig
+from asd_hf.ops import cxcywh_to_xyxy
 from tests import tiny
 from tests.test_distances import iou_and_giou
 from tests.test_index_pairing import clipped
@@ -177,6 +180,23 @@ def test_near_duplicates_of_small_boxes_are_told_apart_in_large_batches():
         teach = method(nms_iou=nms_iou)
         teach(teacher, teacher, labels)
         assert teach.statistics["pseudo_labels/per_image"] == count
+
+
+@pytest.mark.parametrize("num_queries", [40, 300])  # torchvision takes one way for few boxes, another for many
+def test_duplicates_are_those_of_torchvision(num_queries):
+    g = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(1, 8, num_queries, 5, generator=g) + 2
+    boxes = torch.rand(1, 8, num_queries, 4, generator=g) * 0.3 + 0.4  # some beyond the image
+    teacher = DetectorOutput(logits, boxes, torch.zeros(1, 8, num_queries, 8))
+    found = method(nms_iou=0.7, max_labels=None)._labels_of(teacher, [LABELS[2]] * 8)
+    scores, classes = logits[0].sigmoid().max(-1)
+    for image, labels in enumerate(found):
+        corners = cxcywh_to_xyxy(clip_to_image(boxes[0, image]).double())
+        kept = batched_nms(corners, scores[image].double(), classes[image], 0.7)  # surest first
+        kept = kept[scores[image, kept] > 0.5]
+        assert torch.equal(labels["class_labels"], classes[image, kept])
+        assert torch.equal(labels["boxes"], clip_to_image(boxes[0, image, kept]))
+        assert len(kept) < (scores[image] > 0.5).sum()
 
 
 def test_the_student_learns_and_the_teacher_does_not():

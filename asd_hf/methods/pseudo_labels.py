@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import nms
 
 from ..criterion import DetectionCriterion
 from ..detectors.base import DetectorOutput, DetectorSpec
@@ -54,8 +54,10 @@ class PseudoLabels(DistillationMethod):
     Requires: boxes and class probabilities of the teacher's last layer. No decoder access, no features, no labels.
 
     Differs from the paper in: the threshold is 0.5 where it is 0.9, for the scores of DETR and its kin are lower; the
-    student sees the image as the teacher did, without stronger changes; labelled images get pseudo-labels too.
-    Students of families with a loss of their own (RT-DETR and its kin) get the focal loss here.
+    student sees the image as the teacher did, without stronger changes; labelled images get pseudo-labels too, and
+    there objects that the teacher misses are background to this loss. A batch without any pseudo-label has the loss of
+    the background, divided by one box. Students of families with a loss of their own (RT-DETR and its kin) get the
+    focal loss here.
 
     The loss is against labels: equal predictions do not make it 0.
     """
@@ -104,9 +106,9 @@ class PseudoLabels(DistillationMethod):
         if config.nms_iou is not None:
             images = torch.arange(len(scores), device=scores.device)[:, None]
             apart = images * probabilities.shape[-1] + classes  # a number for every image and class
-            # In float64, for the boxes of each number are moved apart, by hundreds of images' sides.
-            corners = cxcywh_to_xyxy(boxes.double())
-            best = batched_nms(corners.flatten(0, 1), scores.double().flatten(), apart.flatten(), config.nms_iou)
+            # Boxes of each number are moved two images' sides from those of the last, in float64, for that is far.
+            corners = cxcywh_to_xyxy(boxes.double()) + 2 * apart[..., None]
+            best = nms(corners.flatten(0, 1), scores.double().flatten(), config.nms_iou)
             taken &= torch.zeros_like(taken).flatten().index_fill(0, best, True).view_as(taken)
         if config.skip_known_iou is not None:
             _, known, _ = pad_labels(labels)  # padding overlaps nothing
