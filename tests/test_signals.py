@@ -295,6 +295,16 @@ def test_splat_is_what_bilinear_sampling_reads():
     assert torch.autograd.gradcheck(lambda *x: splat(*x, (4, 7)), (points.requires_grad_(), mass.requires_grad_()))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_point_that_is_not_finite_shows_in_its_map_alone(value):
+    points, mass = torch.full((2, 3, 2), 0.4), torch.ones(2, 3)
+    for axis in (0, 1):
+        bad = points.clone()
+        bad[1, 2, axis] = value
+        maps = splat(bad, mass, (4, 7))
+        assert torch.equal(maps[0], splat(points, mass, (4, 7))[0]) and maps[1].sum().isnan()
+
+
 @pytest.mark.parametrize("name", ASKED)
 def test_attention_carries_gradient(name):
     adapter = watching(name, training=True)

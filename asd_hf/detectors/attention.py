@@ -86,7 +86,8 @@ def splat(points: Tensor, mass: Tensor, size: Sequence[int], nearest: bool = Fal
     for column, across in ((left, 1 - right_share), (left + 1, right_share)):
         for row, down in ((top, 1 - bottom_share), (top + 1, bottom_share)):
             inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            cells.append((row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).long())
+            # Clamped as integers: also a point that is NaN has a cell, where its share, which is NaN, shows.
+            cells.append(row.long().clamp(0, height - 1) * width + column.long().clamp(0, width - 1))
             shares.append(mass * across * down * inside)
     maps = mass.new_zeros(len(mass), height * width)
     return maps.scatter_add(1, torch.cat(cells, 1), torch.cat(shares, 1)).unflatten(1, size)
