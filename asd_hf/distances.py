@@ -66,9 +66,12 @@ def pair_costs(
         classes = -s_logits.log_softmax(-1) @ t_logits.softmax(-1).transpose(-1, -2)
     else:
         classes = F.softplus(s_logits).sum(-1, keepdim=True) - s_logits @ t_logits.sigmoid().transpose(-1, -2)
-    l1 = torch.cdist(s_boxes, t_boxes, p=1)
+    # Added up in place: of many queries each (S, T) is large.
+    cost = classes.mul_(class_cost)
+    cost += torch.cdist(s_boxes, t_boxes, p=1).mul_(bbox_cost)
     giou = generalized_iou(cxcywh_to_xyxy(s_boxes)[..., :, None, :], cxcywh_to_xyxy(t_boxes)[..., None, :, :])
-    return class_cost * classes + bbox_cost * l1 + giou_cost * (1 - giou)
+    cost += (1 - giou).mul_(giou_cost)
+    return cost
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def match_sets(cost: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _to_host(costs: Sequence[Tensor]) -> list[np.ndarray]:
-    host = torch.cat([cost.flatten() for cost in costs])
+    flat = costs[0].flatten() if len(costs) == 1 else torch.cat([cost.flatten() for cost in costs])
     worst = 1e9  # a prediction that is not finite is matched last; more would leave no digits to tell the others apart
-    parts = np.split(host.nan_to_num(worst, worst, worst).cpu().numpy(), np.cumsum([c.numel() for c in costs])[:-1])
+    parts = np.split(flat.nan_to_num(worst, worst, worst).cpu().numpy(), np.cumsum([c.numel() for c in costs])[:-1])
     return [part.reshape(cost.shape) for part, cost in zip(parts, costs, strict=True)]

@@ -23,16 +23,18 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     Element by element: `a` (..., 4) and `b` (..., 4) are broadcast, so that `a[:, None]` and `b` give every pair.
     Boxes without area have finite values and gradients; two equal points have -1.
     """
-    low, high = torch.minimum(a, b), torch.maximum(a, b)
-    intersection = _area(high[..., :2], low[..., 2:])
-    hull = _area(low[..., :2], high[..., 2:])
-    union = _area(a[..., :2], a[..., 2:]) + _area(b[..., :2], b[..., 2:]) - intersection
-    return _ratio(intersection, union) + _ratio(union, hull) - 1
+    # Coordinate by coordinate: all four at once, of every pair, would take most of the memory of matching.
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a.unbind(-1), b.unbind(-1)
+    low, high = torch.minimum, torch.maximum
+    intersection = _length(high(ax1, bx1), low(ax2, bx2)) * _length(high(ay1, by1), low(ay2, by2))
+    union = _length(ax1, ax2) * _length(ay1, ay2) + _length(bx1, bx2) * _length(by1, by2) - intersection
+    iou = _ratio(intersection, union)
+    hull = _length(low(ax1, bx1), high(ax2, bx2)) * _length(low(ay1, by1), high(ay2, by2))
+    return iou + _ratio(union, hull) - 1
 
 
-def _area(top_left: Tensor, bottom_right: Tensor) -> Tensor:
-    width, height = (bottom_right - top_left).clamp(min=0).unbind(-1)
-    return width * height
+def _length(start: Tensor, end: Tensor) -> Tensor:
+    return (end - start).clamp(min=0)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

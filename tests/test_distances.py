@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from asd_hf.distances import (
     box_distances,
@@ -116,6 +118,22 @@ def test_costs_of_all_pairs_equal_the_formulas(softmax):
                 l1 = sum(abs(x - y) for x, y in zip(s, t, strict=True))
                 want = 0.5 * cross + 3 * l1 + 7 * (1 - iou_and_giou(s, t)[1])
                 assert cost[0, image, i, j].item() == pytest.approx(want, rel=1e-10)
+
+
+def test_costs_take_no_tensor_larger_than_themselves():
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            result = op(*args, **kwargs or {})
+            self.size = max([self.size] + [x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)])
+            return result
+
+    student, teacher = predictions(30, 0), predictions(40, 1)
+    for softmax in (False, True):
+        with Largest() as seen:
+            cost = pair_costs(student, teacher, softmax, 1, 5, 2)
+        assert seen.size == cost.numel() == 2 * 30 * 40
 
 
 def test_costs_carry_no_gradient():
