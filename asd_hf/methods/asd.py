@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from ..detectors.base import DetectorOutput, DetectorSpec
 from ..errors import UserError
-from ..ops import cxcywh_to_xyxy, generalized_iou
+from ..ops import cxcywh_to_xyxy, full, generalized_iou
 from .base import DistillationMethod, MethodConfig, option
 
 EPSILON = 1e-6  # keeps probabilities inside the domain of the logarithm
@@ -225,7 +225,7 @@ class ASD(DistillationMethod):
         pair = []
         for x in (output.logits, output.boxes):
             x = x[-1:].expand(layers, *x.shape[1:]) if repeat_last else x[-layers:]
-            pair.append(x.to(torch.promote_types(x.dtype, torch.float32)))
+            pair.append(full(x))
         return pair[0], pair[1]
 
     def _distil(

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..detectors.base import DetectorOutput, DetectorSpec
 from ..errors import UserError
-from ..ops import full as full  # for methods
 from ..registry import nearest
 
 
@@ -141,7 +140,7 @@ def take_layers(output: DetectorOutput, layers: Sequence[int]) -> DetectorOutput
 
 def take_queries(x: Tensor, index: Tensor) -> Tensor:
     """(..., P, D): of `x` (..., Q, D) the queries `index` (..., P)."""
-    return x.take_along_dim(index[..., None], -2)
+    return x.gather(-2, index[..., None].expand(*index.shape, x.shape[-1]))  # the index is a view: none is kept
 
 
 def check_layers(count: int | None, student: DetectorSpec, key: str = "layers") -> None:

@@ -11,10 +11,10 @@ from ..detectors.base import DetectorOutput, DetectorSpec
 from ..distances import box_distances, class_divergence
 from ..errors import UserError
 from ..features import AlignedMaps, cell_boxes, covered_cells
-from ..ops import uniform_noise
+from ..ops import full, uniform_noise
 from ..questions import Translator, ask, ask_teacher, point_weights
 from ..targets import pad_labels
-from .base import DistillationMethod, MethodConfig, align_layers, check_layers, full, option
+from .base import DistillationMethod, MethodConfig, align_layers, check_layers, option
 
 
 @dataclass

@@ -15,8 +15,9 @@ from ..detectors.base import DetectorOutput, DetectorSpec
 from ..distances import imitation_losses, pair_costs
 from ..features import AlignedMaps
 from ..matching import match_sets
+from ..ops import full
 from ..questions import Translator, ask
-from .base import DistillationMethod, MethodConfig, align_layers, check_layers, full, option, take_queries
+from .base import DistillationMethod, MethodConfig, align_layers, check_layers, option, take_queries
 
 ATTENTION = {"self_attention": {"kl": 1.0, "mse": 1e4}, "cross_attention": {"kl": 1.0, "mse": 1e3}}
 # This part of every distribution is spread evenly: cells that no sampling point touches would have no logarithm.
@@ -25,7 +26,7 @@ FLOOR = 0.01
 
 @dataclass
 class D3ETRConfig(MethodConfig):
-    """Options of D3ETR. Weights and costs are those of TPRD, see the class; what has weight 0 is not computed."""
+    """Options of D3ETR. Weights and costs are those of TPRD, see the class. A group without weights is not asked."""
 
     layers: int | None = option(None, "Last decoder layers to distil, aligned from the end; default: all")
 

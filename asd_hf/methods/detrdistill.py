@@ -16,9 +16,10 @@ from ..detectors.base import DetectorOutput, DetectorSpec
 from ..distances import box_iou, clip_to_image, imitation_losses, pair_costs
 from ..features import AlignedMaps
 from ..matching import match_sets
+from ..ops import full
 from ..questions import Translator, ask
 from ..targets import pad_labels
-from .base import DistillationMethod, MethodConfig, align_layers, check_layers, full, option, take_layers, take_queries
+from .base import DistillationMethod, MethodConfig, align_layers, check_layers, option, take_layers, take_queries
 
 Predictions = tuple[Tensor, Tensor]  # logits (N, B, Q, C) and boxes (N, B, Q, 4)
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..detectors.base import DetectorOutput, DetectorSpec
 from ..distances import clip_to_image, imitation_losses
 from ..errors import UserError
-from .base import DistillationMethod, MethodConfig, align_layers, check_layers, full, option
+from ..ops import full
+from .base import DistillationMethod, MethodConfig, align_layers, check_layers, option
 
 
 @dataclass

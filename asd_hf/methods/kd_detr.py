@@ -10,8 +10,9 @@ from torch import Tensor
 from ..detectors.base import DetectorOutput, DetectorSpec
 from ..distances import box_distances, class_divergence
 from ..errors import UserError
+from ..ops import full
 from ..questions import Question, Translator, ask, ask_teacher, point_scores, point_weights
-from .base import DistillationMethod, MethodConfig, align_layers, check_layers, full, option
+from .base import DistillationMethod, MethodConfig, align_layers, check_layers, option
 
 
 # The code sums the class term over images and points as it is, so its weight of 1 means another strength in every

@@ -17,10 +17,10 @@ from ..criterion import DetectionCriterion
 from ..detectors.base import DetectorOutput, DetectorSpec, sum_over_ranks
 from ..distances import class_divergence
 from ..errors import UserError
-from ..ops import cxcywh_to_xyxy, generalized_iou
+from ..ops import cxcywh_to_xyxy, full, generalized_iou
 from ..questions import point_scores
 from ..targets import pad_labels
-from .base import DistillationMethod, MethodConfig, align_layers, check_layers, full, option
+from .base import DistillationMethod, MethodConfig, align_layers, check_layers, option
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,10 @@ from ..criterion import DetectionCriterion
 from ..detectors.base import DetectorOutput, DetectorSpec, sum_over_ranks
 from ..distances import box_distances, box_iou, class_divergence
 from ..errors import UserError
+from ..ops import full
 from ..questions import Question, ask
 from ..targets import pad_labels
-from .base import DistillationMethod, MethodConfig, full, option, take_queries
+from .base import DistillationMethod, MethodConfig, option, take_queries
 
 NO_OBJECT_WEIGHT = 0.1  # of queries without object in the cross entropy of softmax heads, as in DETR
 

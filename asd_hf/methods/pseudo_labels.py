@@ -12,9 +12,9 @@ from ..criterion import DetectionCriterion
 from ..detectors.base import DetectorOutput, DetectorSpec
 from ..distances import box_iou, clip_to_image
 from ..errors import UserError
-from ..ops import cxcywh_to_xyxy
+from ..ops import cxcywh_to_xyxy, full
 from ..targets import pad_labels
-from .base import DistillationMethod, MethodConfig, full, option
+from .base import DistillationMethod, MethodConfig, option
 
 
 @dataclass

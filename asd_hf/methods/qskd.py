@@ -12,9 +12,9 @@ from ..detectors.base import DetectorOutput, DetectorSpec, sum_over_ranks
 from ..distances import box_distances, class_divergence
 from ..errors import UserError
 from ..features import AlignedMaps, valid_cells
-from ..ops import cxcywh_to_xyxy, generalized_iou
+from ..ops import cxcywh_to_xyxy, full, generalized_iou
 from ..targets import pad_labels
-from .base import DistillationMethod, MethodConfig, align_layers, check_layers, full, option, take_layers, take_queries
+from .base import DistillationMethod, MethodConfig, align_layers, check_layers, option, take_layers, take_queries
 
 
 @dataclass
