@@ -154,7 +154,7 @@ def build_config(raw: dict[str, dict], where: str = "configuration") -> RunConfi
     return RunConfig(
         model=_fill(ModelConfig, raw.get("model", {}), f"{where}: model"),
         data=_fill(DataConfig, raw.get("data", {}), f"{where}: data"),
-        methods=_fill_methods(raw.get("method", {}), where),
+        methods=build_methods(raw.get("method", {}), where),
         training=_fill(TrainingConfig, raw.get("training", {}), f"{where}: training"),
         training_given=_typed(TrainingConfig, raw.get("training", {}), f"{where}: training"),
     )
@@ -187,7 +187,7 @@ def describe_config() -> str:
 _SECTIONS = ("model", "data", "method", "training")
 
 
-def _fill_methods(section: Any, where: str) -> dict[str, MethodConfig]:
+def build_methods(section: Any, where: str) -> dict[str, MethodConfig]:
     """The `method` section: a method, or a list of them, each as its name or as a mapping of `name` and its keys."""
     methods = {}
     for entry in section if isinstance(section, list) else [section]:
@@ -206,6 +206,8 @@ def _fill_methods(section: Any, where: str) -> dict[str, MethodConfig]:
                 methods[name] = _fill(get_method(name).config_class, values, here)
             except UserError as error:  # a method's own checks do not know that it is one of several
                 raise UserError(re.sub(r"^method\.", f"{here.rpartition(': ')[2]}.", str(error))) from error
+        elif isinstance(section, list):
+            raise UserError(f"{where}: {NO_METHOD!r} cannot stand in a list of methods: remove it")
         elif values:
             raise UserError(f"{here}.{next(iter(values))} has no meaning without a method: set method.name")
     return methods

@@ -395,7 +395,8 @@ def _knob(parts: Parts, term: str) -> tuple[str, float | None]:
     """Key and value of the weight of a loss, if it has one."""
     methods = parts.run.methods
     for name, config in methods.items():
-        part = term.removeprefix(name + "_")
+        # Losses are named by the method's file, "channel_wise" of "channel_wise:ChannelWise".
+        part = term.removeprefix(type(config).__module__.rpartition(".")[2] + "_")
         if part != term and config.term_weight(part) is not None:
             key = f"{part}_weight"
             return f"method.{key}" if len(methods) == 1 else f"method.{name}.{key}", config.term_weight(part)

@@ -345,8 +345,8 @@ def _architecture(
     if config.base == "teacher":
         if teacher is None:
             raise UserError(
-                f"model.student.base is 'teacher', but there is no model.teacher: name one of {', '.join(ADAPTERS)}, "
-                "a Hub id or a folder"
+                "model.student.base is 'teacher', but there is no pretrained teacher (model.teacher is null or "
+                f"'ema'): name one of {', '.join(ADAPTERS)}, a Hub id or a folder"
             )
         base = teacher.model.config
     elif config.base in ADAPTERS:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from asd_hf.build import Parts
+from asd_hf.commands import run
 from asd_hf.config import build_config
 from asd_hf.detectors import get_adapter
 from asd_hf.errors import UserError
@@ -59,3 +61,11 @@ def test_the_example_is_equation_3_and_4(example):
     loss = method(ours, theirs, batch["labels"])["channel_wise_map"]
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-8)
     assert method(ours, ours, batch["labels"])["channel_wise_map"] == 0
+
+
+def test_doctor_finds_the_weight_of_its_term(example, tmp_path, capsys):
+    values = configuration(write_places(tmp_path / "places"), output_dir=str(tmp_path / "run"))
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values | {"method": {"name": NAME}}))
+    assert run("doctor", ["--config", str(file), "--steps", "1", "--images", "0"]) == 0
+    assert re.search(r"channel_wise_map +\S+ +method.map_weight=3 ", capsys.readouterr().out)

@@ -94,6 +94,7 @@ def test_a_student_can_be_named_or_described(tmp_path):
         ("model: {}", ["training.max_steps"], "is not of the form section.key=value"),
         ("model: {}", ["max_steps=3"], "is not of the form section.key=value"),
         ("model: {teacher: x}", ["model.teacher.name=3"], "teacher is a value, not a group of keys"),
+        ("method: [asd, none]", [], "'none' cannot stand in a list of methods"),
         ("method: [asd, asd]", [], "method 'asd' stands twice"),
         ("method: [asd, fgdd]", [], "method.fgdd: unknown method 'fgdd': did you mean 'fgd'?"),
         ("method: [asd, {name: fgd, wieght: 1}]", [], "method.fgd.wieght is unknown: did you mean 'weight'?"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from asd_hf.build import Parts
+from asd_hf.commands.train import train
 from asd_hf.config import build_config
 from asd_hf.doctor import REFUSED, check
 from asd_hf.errors import UserError
@@ -69,7 +70,7 @@ def test_doctor_and_train_know_a_student_that_teaches_itself(places, tmp_path):
         ({"training": {"ema_decay": 0.0}}, "model.teacher is the student's moving average: set training.ema_decay"),
         ({"method": {}}, "model.teacher teaches by a method: set method.name"),
         ({"model": {"class_map": {"cat": "puma"}}}, "model.class_map has no use with model.teacher: ema"),
-        ({"model": {"student": {"base": "teacher"}}}, "there is no model.teacher"),
+        ({"model": {"student": {"base": "teacher"}}}, "there is no pretrained teacher"),
     ],
 )
 def test_mistakes_are_one_line(places, tmp_path, change, message):
@@ -117,3 +118,20 @@ def test_models_are_evaluated_as_they_will_be_used(places, tmp_path):
     assert trainer.adapter.with_attention and trainer.teacher.with_attention
     trainer.watch_attention(False)
     assert trainer.adapter.model.config._attn_implementation == "sdpa" and usual == "eager"
+
+
+def test_a_run_goes_on_with_its_own_methods_alone(places, tmp_path):
+    def trained_with(method):
+        values = configuration(places, output_dir=str(tmp_path), max_steps=1, save_steps=1)
+        values["training"]["resume_from_checkpoint"] = True
+        return train(build_config(values | {"method": method}))
+
+    trained_with("ld")  # it has no weights by which a checkpoint could tell
+    for method, reason in (
+        ("pseudo_labels", "with method ld, not pseudo_labels"),
+        (["ld", "asd"], "with method ld, not ld\\+asd"),
+        ({"name": "ld", "main_weight": 0.5}, "with other options of ld"),
+    ):
+        with pytest.raises(UserError, match=f"checkpoint-1 was trained {reason}: set another training.output_dir"):
+            trained_with(method)
+    assert trained_with("ld")["student"]["AP"] >= 0

@@ -144,7 +144,7 @@ def test_new_student_of_a_named_architecture_needs_no_teacher():
         processor.image_mean == (0.485, 0.456, 0.406)
         and student.model.backbone.model.feature_info.channels()[-1] == 512
     )
-    with pytest.raises(UserError, match="there is no model.teacher"):
+    with pytest.raises(UserError, match="there is no pretrained teacher"):
         build_student(StudentConfig(), None, ("a",), SIZE)
     with pytest.raises(UserError, match="copy_weights needs model.teacher"):
         build_student(StudentConfig(base="deformable_detr", copy_weights=True), None, ("a",), SIZE)

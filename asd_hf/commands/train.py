@@ -5,13 +5,14 @@ import json
 import logging
 from pathlib import Path
 
+import yaml
 from huggingface_hub import create_repo
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
 from ..build import Parts
-from ..config import RunConfig, describe_config, load_config
+from ..config import NO_METHOD, RunConfig, build_methods, describe_config, load_config
 from ..data import resize_spec, teacher_view
 from ..doctor import check, report
 from ..errors import UserError
@@ -19,7 +20,7 @@ from ..evaluation import TOP_K, format_table, milliseconds_per_image
 from ..hub import call_hub, is_hub_id
 from ..methods import get_method
 from ..student import StudentConfig
-from ..trainer import DistillationTrainer
+from ..trainer import RUN_CONFIG, DistillationTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -94,10 +95,27 @@ def _checkpoint(run: RunConfig) -> str | None:
             )
         return None
     if wanted is True:
+        _same_methods(run, newest)
         return newest
     if not (Path(wanted) / "trainer_state.json").is_file():
         raise UserError(f"training.resume_from_checkpoint: {wanted} is not a checkpoint folder")
+    _same_methods(run, wanted)
     return wanted
+
+
+def _same_methods(run: RunConfig, checkpoint: str | None) -> None:
+    """Refuses a checkpoint of other methods or options: what the run says of itself would not be true of its steps."""
+    file = Path(checkpoint or "") / RUN_CONFIG
+    if checkpoint is None or not file.is_file():
+        return
+    trained = build_methods(yaml.safe_load(file.read_text(encoding="utf-8")).get("method", {}), str(file))
+    if trained == run.methods:
+        return
+    name = "+".join(trained) or NO_METHOD
+    what = f"with method {name}, not {run.method_name}"
+    if name == run.method_name:
+        what = f"with other options of {name}"
+    raise UserError(f"{checkpoint} was trained {what}: set another training.output_dir, or the same method as then")
 
 
 def _final_metrics(trainer: DistillationTrainer, parts: Parts) -> dict:
