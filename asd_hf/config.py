@@ -24,6 +24,7 @@ from .methods import METHODS, MethodConfig, get_method
 from .registry import nearest
 from .student import ModelConfig
 
+SECTIONS = ("model", "data", "method", "training")
 NO_METHOD = "none"  # plain training, without a teacher
 
 
@@ -132,6 +133,18 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     Raises:
         UserError: the file is missing or no YAML mapping, a section or key is unknown, or a value has the wrong type.
     """
+    raw = read_sections(path)
+    for item in overrides or []:
+        override(raw, item)
+    return build_config(raw, where=str(path))
+
+
+def read_sections(path: str | Path, what: str = f"sections ({', '.join(SECTIONS)}), each with its keys") -> dict:
+    """A YAML file of mappings; `method` may be anything.
+
+    Raises:
+        UserError: the file is missing or does not hold `what`.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"configuration file {path} does not exist")
@@ -140,17 +153,15 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict) or not all(isinstance(v, dict) for k, v in raw.items() if k != "method"):
-        raise UserError(f"{path} must hold sections ({', '.join(_SECTIONS)}), each with its keys")
-    for item in overrides or []:
-        _override(raw, item)
-    return build_config(raw, where=str(path))
+        raise UserError(f"{path} must hold {what}")
+    return raw
 
 
 def build_config(raw: dict[str, dict], where: str = "configuration") -> RunConfig:
     """Typed sections from nested dictionaries; `where` begins each error line."""
     for section in raw:
-        if section not in _SECTIONS:
-            raise UserError(f"{where}: unknown section {section!r}: {nearest(section, _SECTIONS)}")
+        if section not in SECTIONS:
+            raise UserError(f"{where}: unknown section {section!r}: {nearest(section, SECTIONS)}")
     return RunConfig(
         model=_fill(ModelConfig, raw.get("model", {}), f"{where}: model"),
         data=_fill(DataConfig, raw.get("data", {}), f"{where}: data"),
@@ -164,7 +175,7 @@ def parse_overrides(cls: type, values: dict, section: str, overrides: list[str])
     """An instance of section dataclass `cls` with `values`, then the `section.key=value` strings of a command line."""
     raw = {section: dict(values)}
     for item in overrides:
-        _override(raw, item)
+        override(raw, item)
     for other in raw.keys() - {section}:
         raise UserError(f"{other}: only {section}.key=value applies here")
     return _fill(cls, raw[section], section)
@@ -182,9 +193,6 @@ def describe_config() -> str:
         lines.append(f"{title}:")
         lines += _describe(cls, title.split()[0])
     return "\n".join(lines)
-
-
-_SECTIONS = ("model", "data", "method", "training")
 
 
 def build_methods(section: Any, where: str) -> dict[str, MethodConfig]:
@@ -213,7 +221,12 @@ def build_methods(section: Any, where: str) -> dict[str, MethodConfig]:
     return methods
 
 
-def _override(raw: dict, item: str) -> None:
+def override(raw: dict, item: str) -> None:
+    """Sets one `section.key=value` of the sections `raw`, the value read as YAML.
+
+    Raises:
+        UserError: `item` has another form, or names a key within a value.
+    """
     name, equals, text = item.partition("=")
     *parents, key = name.split(".")
     if not equals or not (parents or key == "method"):

@@ -44,6 +44,28 @@ def imitation_losses(
     return tuple(distance.mean((1, 2)).sum() for distance in distances)
 
 
+def pair_distances(
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], softmax: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`class_divergence`, L1 and 1 - GIoU of every teacher prediction and every student prediction: (N, T, S) each.
+
+    Args:
+        student, teacher: logits (N, S, C) and boxes (N, S, 4); logits (N, T, C) and boxes (N, T, 4).
+    """
+    (s_logits, s_boxes), (t_logits, t_boxes) = student, teacher
+    # Cross entropy less entropy, by products of matrices, so that no (N, T, S, C) arises.
+    if softmax:
+        target = t_logits.softmax(-1)
+        cross = -target @ s_logits.log_softmax(-1).transpose(1, 2)
+        entropy = torch.special.entr(target).sum(-1)
+    else:
+        cross = F.softplus(s_logits).sum(-1)[:, None] - t_logits.sigmoid() @ s_logits.transpose(1, 2)
+        entropy = _entropy(t_logits).sum(-1)
+    l1 = torch.cdist(t_boxes, s_boxes, p=1)
+    giou = generalized_iou(cxcywh_to_xyxy(t_boxes)[:, :, None], cxcywh_to_xyxy(s_boxes)[:, None])
+    return cross - entropy[..., None], l1, 1 - giou
+
+
 @torch.no_grad()
 def pair_costs(
     student: tuple[Tensor, Tensor],

@@ -19,14 +19,21 @@ from ..errors import UserError
 CLASS_NAMES = ("circle", "square", "triangle", "star", "cross")
 SPLITS = ("train", "val")
 EMPTY_SHARE, CROWD_SHARE = 0.03, 0.03  # of the images
-MAX_OBJECTS = 4
+MAX_CONTRAST = 300  # any ground has colours further from it than that: grey ones are 382 from black and white
 MAX_OVERLAP = 0.35  # intersection of two boxes over the smaller one
 SIZES = (14 / 128, 108 / 128)  # longer side of an object over the side of the image
 SUPERSAMPLING = 4  # of the masks, against jagged edges
 
 
 def make_shapes(
-    root: Path, num_train: int = 2000, num_val: int = 400, image_size: int = 128, seed: int = 0, progress: bool = True
+    root: Path,
+    num_train: int = 2000,
+    num_val: int = 400,
+    image_size: int = 128,
+    seed: int = 0,
+    max_objects: int = 4,
+    contrast: int = 110,
+    progress: bool = True,
 ) -> None:
     """Writes `annotations/instances_{train,val}.json` and `{train,val}/*.jpg` under `root`.
 
@@ -36,13 +43,17 @@ def make_shapes(
     Args:
         image_size: side of the square images in pixels; the objects grow with it. COCO's three sizes of object (limits
             32^2 and 96^2 pixels) all exist at 128.
+        max_objects: at most so many objects an image; more of them also overlap more often.
+        contrast: least difference of an object's colour from the ground behind it, summed over the three channels.
         progress: whether to show a progress bar.
 
     Raises:
         UserError: `root` holds something already, or a number is out of range.
     """
-    if min(num_train, num_val) < 1 or image_size < 32:
-        raise UserError("shapes: at least one image a split and an image size of at least 32 pixels are needed")
+    if min(num_train, num_val, max_objects) < 1 or image_size < 32:
+        raise UserError("shapes: at least one image a split, one object and an image size of 32 pixels are needed")
+    if contrast > MAX_CONTRAST:
+        raise UserError(f"shapes: contrast {contrast} is not to be had before every ground: at most {MAX_CONTRAST}")
     if root.exists() and any(root.iterdir()):
         raise UserError(f"{root} is not empty: name a new folder for the generated data set")
     (root / "annotations").mkdir(parents=True, exist_ok=True)
@@ -50,7 +61,9 @@ def make_shapes(
         (root / split).mkdir(exist_ok=True)
         images, annotations = [], []
         for index in tqdm(range(count), desc=f"shapes/{split}", unit="image", disable=not progress):
-            pixels, objects = render(image_size, np.random.default_rng([seed, SPLITS.index(split), index]))
+            pixels, objects = render(
+                image_size, np.random.default_rng([seed, SPLITS.index(split), index]), max_objects, contrast
+            )
             name = f"{index:06d}.jpg"
             Image.fromarray(pixels).save(root / split / name, quality=95, subsampling=0)
             images.append({"id": index + 1, "file_name": name, "width": image_size, "height": image_size})
@@ -72,12 +85,14 @@ def make_shapes(
         (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(contents))
 
 
-def render(size: int, rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, list[int], int]]]:
+def render(
+    size: int, rng: np.random.Generator, max_objects: int = 4, contrast: int = 110
+) -> tuple[np.ndarray, list[tuple[int, list[int], int]]]:
     """One image: uint8 pixels (size, size, 3) and its objects as (class index, [x, y, w, h], iscrowd)."""
     canvas = _background(size, rng)
     owner = np.full((size, size), -1)  # which object is seen at each pixel
     kind = rng.random()
-    number = 0 if kind < EMPTY_SHARE else int(rng.integers(1, MAX_OBJECTS + 1))
+    number = 0 if kind < EMPTY_SHARE else int(rng.integers(1, max_objects + 1))
     crowd = EMPTY_SHARE <= kind < EMPTY_SHARE + CROWD_SHARE
     placed: list[tuple[int, int]] = []  # (class index, iscrowd) of each object painted
     taken: list[tuple[float, float, float, float]] = []
@@ -92,7 +107,9 @@ def render(size: int, rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[
         if any(_overlap(box, other) > MAX_OVERLAP for other in taken):
             continue
         category = int(rng.integers(len(CLASS_NAMES)))
-        colour = _contrasting(canvas[int(y) : int(y + side) + 1, int(x) : int(x + side) + 1].mean((0, 1)), rng)
+        colour = _contrasting(
+            canvas[int(y) : int(y + side) + 1, int(x) : int(x + side) + 1].mean((0, 1)), contrast, rng
+        )
         if as_crowd:
             for row, column in ((r, c) for r in range(3) for c in range(3)):
                 if (row, column) != (1, 1) and rng.random() < 0.25:
@@ -130,11 +147,11 @@ def _grating(height: int, width: int, amplitude: float, wavelength: float, rng: 
     return (amplitude * waves).astype(np.float32)[..., None]
 
 
-def _contrasting(ground: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random colour that can be told from `ground`."""
+def _contrasting(ground: np.ndarray, contrast: int, rng: np.random.Generator) -> np.ndarray:
+    """A random colour whose difference from `ground`, summed over the channels, is above `contrast`."""
     while True:
         colour = rng.integers(0, 256, 3).astype(np.float32)
-        if np.abs(colour - ground).sum() > 110:
+        if np.abs(colour - ground).sum() > contrast:
             return colour
 
 

@@ -18,7 +18,7 @@ from .tables import holds_split, open_table
 
 __all__ = ["Source", "open_source", "open_training_source"]
 
-SHAPES = {"num_train": 2000, "num_val": 400, "image_size": 128, "seed": 0}
+SHAPES = {"num_train": 2000, "num_val": 400, "image_size": 128, "seed": 0, "max_objects": 4, "contrast": 110}
 SHAPES_VERSION = 1  # of the images that the same numbers give
 
 

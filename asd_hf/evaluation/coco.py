@@ -188,12 +188,8 @@ def merge(images: dict[int, ImageResult], results: Iterable[tuple[int, ImageResu
             raise UserError(f"image id {image_id} names two different images: ids must be unique in a split")
 
 
-def score(images: dict[int, ImageResult], num_classes: int) -> tuple[dict[str, float], list[float]]:
-    """COCO's numbers of `images`, the same as pycocotools' `COCOeval(..., "bbox")`.
-
-    Returns:
-        the twelve `STATS`, and the AP of each class index. -1 stands for "no such object in the ground truth".
-    """
+def coco_datasets(images: dict[int, ImageResult], num_classes: int) -> tuple[dict, dict]:
+    """Ground truth and predictions as COCO writes them; a class index stands for its category."""
     ids = sorted(images)
     truth, predictions = [], []
     for image_id in ids:
@@ -207,7 +203,17 @@ def score(images: dict[int, ImageResult], num_classes: int) -> tuple[dict[str, f
         for number, box in enumerate(boxes, start=1):  # the matching marks "unmatched" by id 0
             box["id"] = number
     common = {"images": [{"id": i} for i in ids], "categories": [{"id": c} for c in range(num_classes)]}
-    coco = COCOeval_faster(COCO(common | {"annotations": truth}), COCO(common | {"annotations": predictions}), "bbox")
+    return common | {"annotations": truth}, common | {"annotations": predictions}
+
+
+def score(images: dict[int, ImageResult], num_classes: int) -> tuple[dict[str, float], list[float]]:
+    """COCO's numbers of `images`, the same as pycocotools' `COCOeval(..., "bbox")`.
+
+    Returns:
+        the twelve `STATS`, and the AP of each class index. -1 stands for "no such object in the ground truth".
+    """
+    truth, predictions = map(COCO, coco_datasets(images, num_classes))
+    coco = COCOeval_faster(truth, predictions, "bbox")
     coco.run()
     precision = coco.eval["precision"][:, :, :, 0, -1]  # (IoU thresholds, recalls, classes): all areas, 100 detections
     per_class = [float(p[p > -1].mean()) if (p > -1).any() else -1.0 for p in np.moveaxis(precision, 2, 0)]

@@ -1,0 +1,166 @@
+"""Trains the runs of a comparison in processes side by side, each as soon as a place is free."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from time import monotonic
+
+import torch
+from tqdm.auto import tqdm
+
+from ..errors import UserError
+from .plan import Plan
+from .run import STEP_LINE, write_plan
+
+LOG = "log.txt"
+
+
+def open_plans(plans: Sequence[Plan], output: Path) -> list[Plan]:
+    """The plans without a record.
+
+    Raises:
+        UserError: a record is of another configuration than its plan.
+    """
+    missing = []
+    for plan in plans:
+        file = plan.record(output)
+        if not file.is_file():
+            missing.append(plan)
+            continue
+        record = json.loads(file.read_text(encoding="utf-8"))
+        ours, theirs = plan.config() | {"--minutes": plan.minutes}, record["config"] | {"--minutes": record["minutes"]}
+        if differs := _difference(theirs, ours):
+            raise UserError(f"{file} was made with {differs}: take another --output, or move the record away")
+    return missing
+
+
+def _difference(old: dict, new: dict) -> str | None:
+    """The first value that differs, as text; None if none does."""
+    for section in new.keys() | old.keys():
+        ours, theirs = new.get(section), old.get(section)
+        if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+            if ours != theirs:
+                return f"{section} {theirs!r}, not {ours!r}"
+            continue
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                return f"{section}.{key} {theirs.get(key)!r}, not {ours.get(key)!r}"
+    return None
+
+
+class Schedule:
+    """Runs plans, `jobs` at a time, each on a GPU of its own or on its share of the cores.
+
+    Args:
+        plans: in this order.
+        output: folder of the records.
+        work: folder of what the runs leave: models, checkpoints and `log.txt`.
+        jobs: runs at a time.
+    """
+
+    def __init__(self, plans: Sequence[Plan], output: Path, work: Path, jobs: int) -> None:
+        self.waiting, self.output, self.work, self.jobs = deque(plans), output, work, jobs
+        self.failures: list[str] = []
+        self.processes: set[subprocess.Popen] = set()
+        self.lock = threading.Lock()
+        self.stopped = False
+        self.count, self.done, self.began = len(plans), 0, monotonic()
+
+    def run(self) -> None:
+        """Returns when all runs have ended.
+
+        Raises:
+            UserError: runs failed; the others have their records.
+        """
+        with tqdm(total=self.count, desc="compare", unit="run", bar_format=_BAR) as self.bar:
+            self.shares = [0.0] * self.jobs
+            threads = [threading.Thread(target=self._place, args=(i,), daemon=True) for i in range(self.jobs)]
+            for thread in threads:
+                thread.start()
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C: end the runs first
+            try:
+                for thread in threads:
+                    while thread.is_alive():
+                        thread.join(0.5)
+            except BaseException:
+                self._stop()
+                raise
+        if self.failures:
+            raise UserError(f"{len(self.failures)} of {self.count} runs failed: {'; '.join(self.failures)}")
+
+    def _stop(self) -> None:
+        with self.lock:
+            self.stopped = True
+            for process in self.processes:
+                process.terminate()
+
+    def _place(self, index: int) -> None:
+        """Runs one plan after the other in place `index` of `jobs`."""
+        while True:
+            with self.lock:
+                if self.stopped or not self.waiting:
+                    return
+                plan = self.waiting.popleft()
+            self._run(plan, index)
+
+    def _run(self, plan: Plan, index: int) -> None:
+        folder, record = plan.folder(self.work), plan.record(self.output)
+        write_plan(plan, folder)
+        command = [sys.executable, "-m", "asd_hf.compare.run", str(folder), str(record)]
+        began = monotonic()
+        with (folder / LOG).open("a", encoding="utf-8") as log:
+            with self.lock:
+                if self.stopped:
+                    return
+                process = subprocess.Popen(
+                    command, env=self._environment(index), stdout=subprocess.PIPE, stderr=log, text=True
+                )
+                self.processes.add(process)
+            for line in process.stdout:
+                if line.startswith(STEP_LINE):
+                    _, step, steps = line.split()
+                    self._show(index, int(step) / int(steps))
+                else:
+                    log.write(line)
+            code = process.wait()
+        with self.lock:
+            self.processes.discard(process)
+            if self.stopped:
+                return
+            self.done += 1
+        self._show(index, 0.0)
+        minutes = (monotonic() - began) / 60
+        if code or not record.is_file():
+            lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+            reason = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
+            self.failures.append(f"{plan.setting}/{plan.name}: {reason.removeprefix('error: ')} ({folder / LOG})")
+            self.bar.write(f"{plan.setting}/{plan.name} failed: {reason}")
+        else:
+            ap = json.loads(record.read_text(encoding="utf-8"))["metrics"]["AP"]
+            self.bar.write(f"{plan.setting}/{plan.name}: AP {100 * ap:.1f} ({minutes:.1f} min)")
+
+    def _show(self, index: int, share: float) -> None:
+        with self.lock:
+            self.shares[index] = share
+            self.bar.n = round(self.done + sum(self.shares), 2)
+            self.bar.refresh()
+
+    def _environment(self, index: int) -> dict[str, str]:
+        environment = dict(os.environ)
+        if gpus := torch.cuda.device_count():
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = visible[index % gpus]
+        else:
+            environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // self.jobs))
+        return environment
+
+
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}]"
