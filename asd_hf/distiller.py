@@ -21,6 +21,7 @@ class DistillerOutput(ModelOutput):
     loss: Tensor | None = None
     losses: dict[str, Tensor] | None = None  # named, weighted scalars; `loss` is their sum
     gradient_norms: dict[str, Tensor] | None = None  # see `Distiller.forward`
+    gradient_cosine: Tensor | None = None  # between those of "detection" and "distillation"
 
 
 class Distiller(nn.Module):
@@ -71,7 +72,8 @@ class Distiller(nn.Module):
                 `labelled` is false have none and train from the teacher alone.
             teacher: predictions on the same images, reduced to the shared classes (`SharedClasses.teacher`).
             measure_gradients: "sums" also gives the norms of the gradients of the detection loss ("detection") and of
-                the method's losses together ("distillation"), "terms" that of each of the method's losses as well. The
+                the method's losses together ("distillation") and the cosine between the two, below 0 where the teacher
+                pulls against the labels; "terms" the norm of each of the method's losses as well. The
                 gradients are those at the student's predictions, at the cost of backward passes through the losses
                 alone; at its parameters outside the backbone, where the family has its own loss, which is not computed
                 of these predictions alone, or the method acts on more of the student than its predictions.
@@ -88,23 +90,26 @@ class Distiller(nn.Module):
             devices = [pixel_values.device] if pixel_values.is_cuda else []
             with phase("method"), torch.random.fork_rng(devices=devices):
                 imitation = self.method(view, teacher, known)
-        norms = None
+        norms = cosine = None
         if measure_gradients and imitation:
             terms = {"distillation": sum(imitation.values()), "detection": sum(task.values())}
             terms = imitation | terms if measure_gradients == "terms" else terms
             beyond = self.criterion is None or self.method.requires
             place = self._parameters_outside_the_backbone() if beyond else [student.logits, student.boxes]
-            norms = {name: _gradient_norm(loss, place) for name, loss in terms.items()}
+            gradients = {name: _gradient(loss, place) for name, loss in terms.items()}
+            norms = {name: gradient.norm() for name, gradient in gradients.items()}
+            cosine = torch.cosine_similarity(gradients["detection"], gradients["distillation"], dim=0)
         losses = task | imitation
-        return DistillerOutput(sum(losses.values()), losses, norms)
+        return DistillerOutput(sum(losses.values()), losses, norms, cosine)
 
     def _parameters_outside_the_backbone(self) -> list[Tensor]:
         backbone = {id(p) for p in self.adapter.backbone.parameters()}
         return [p for p in self.student.parameters() if p.requires_grad and id(p) not in backbone]
 
 
-def _gradient_norm(loss: Tensor, place: list[Tensor]) -> Tensor:
+def _gradient(loss: Tensor, place: list[Tensor]) -> Tensor:
+    """Of `loss` at all tensors of `place`, as one vector."""
     if not loss.requires_grad:
-        return torch.zeros_like(loss)
+        return loss.new_zeros(sum(x.numel() for x in place))
     gradients = torch.autograd.grad(loss, place, retain_graph=True, allow_unused=True, materialize_grads=True)
-    return torch.stack([g.float().norm() for g in gradients]).norm()
+    return torch.cat([gradient.float().flatten() for gradient in gradients])

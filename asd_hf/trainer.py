@@ -188,6 +188,7 @@ class DistillationTrainer(Trainer):
         if outputs.gradient_norms is not None:
             ours, task = outputs.gradient_norms["distillation"], outputs.gradient_norms["detection"]
             scalars["distillation_gradient_share"] = ours / (ours + task).clamp(min=1e-12)
+            scalars["distillation_gradient_cosine"] = outputs.gradient_cosine
         for name, value in scalars.items():
             self._scalars[name].append(value)
 

@@ -96,23 +96,9 @@ def score_rows(sampler, points, queries, config):
     ]
 
 
-def sinkhorn(rows, iterations):
-    """exp of the scores, its columns scaled to sum to 1, then its rows, again and again."""
-    top = max(max(row) for row in rows)
-    w = [[math.exp(v - top) for v in row] for row in rows]
-    for _ in range(iterations):
-        columns = [sum(row[j] for row in w) for j in range(len(w[0]))]
-        w = [[v / column for v, column in zip(row, columns, strict=True)] for row in w]
-        w = [[v / sum(row) for v in row] for row in w]
-    return w
-
-
 def attention(rows_by_head, config):
     scaled = [[[v / config.temperature for v in row] for row in rows] for rows in rows_by_head]
-    if config.balance_iterations:
-        weights = [sinkhorn(rows, config.balance_iterations) for rows in scaled]
-    else:
-        weights = [[softmax(row) for row in rows] for rows in scaled]
+    weights = [[softmax(row) for row in rows] for rows in scaled]
     points, queries = len(weights[0]), len(weights[0][0])
     return [[sum(w[i][j] for w in weights) / len(weights) for j in range(queries)] for i in range(points)]
 
@@ -218,18 +204,12 @@ def reference(asd, student, teacher):
                 share = [s / sum(scores) for s in scores]
             for i, portion in enumerate(share):
                 mix = lambda w, v: [sum(wj * vj[k] for wj, vj in zip(w, v, strict=True)) for k in range(len(v[0]))]  # noqa: E731
-                if c.objective == "sample":
-                    bt = mix(wt[i], [to_space(b, c.box_space) for b in tb])
-                    bs = mix(ws[i], [to_space(b, c.box_space) for b in sb])
-                    ct, cs = mix(wt[i], tc), mix(ws[i], sc)
-                    box = sum(abs(a - b) for a, b in zip(bt, bs, strict=True))
-                    kl = class_distance(ct, cs, c, head)
-                    far = 1 - iou_and_giou(corners_of(bt, c.box_space), corners_of(bs, c.box_space))[1]
-                else:
-                    pairs = list(zip(ws[i], sb, sp, strict=True))
-                    box = sum(w * sum(abs(a - x) for a, x in zip(tb[i], b, strict=True)) for w, b, _ in pairs)
-                    kl = sum(w * class_distance(tp[i], p, c, head) for w, _, p in pairs)
-                    far = sum(w * (1 - giou(tb[i], b)) for w, b, _ in pairs)
+                bt = mix(wt[i], [to_space(b, c.box_space) for b in tb])
+                bs = mix(ws[i], [to_space(b, c.box_space) for b in sb])
+                ct, cs = mix(wt[i], tc), mix(ws[i], sc)
+                box = sum(abs(a - b) for a, b in zip(bt, bs, strict=True))
+                kl = class_distance(ct, cs, c, head)
+                far = 1 - iou_and_giou(corners_of(bt, c.box_space), corners_of(bs, c.box_space))[1]
                 totals["asd_box"] += portion * box / images
                 totals["asd_class"] += portion * kl / images
                 totals["asd_giou"] += portion * far / images
@@ -250,7 +230,6 @@ VARIANTS = {
     "best points": {"max_points": 3, "point_weight": "score"},
     "student points": {"student_points": True, "point_weight": "score"},
     "giou": {"giou_weight": 2.0},
-    "pair": {"objective": "pair", "giou_weight": 2.0},
     "sampled logits": {"value": "logits"},
     "reverse": {"direction": "student_teacher"},
     "softmax": {"divergence": "softmax"},
@@ -262,8 +241,6 @@ VARIANTS = {
     "scaled boxes in": {"box_scale": 3.0},
     "l2, two heads": {"normalize": "l2", "heads": 2},
     "layer norm, two heads": {"normalize": "layer_norm", "heads": 2},
-    "balanced": {"balance_iterations": 3, "heads": 2},
-    "balanced best points": {"balance_iterations": 2, "max_points": 3, "temperature": 1.0},
     "duplicates": {"duplicate_iou": 0.2, "heads": 2},
     "duplicates of both, T 2": {
         "duplicate_iou": 0.2,
@@ -292,7 +269,6 @@ SOFTMAX_HEADS = {
     "default": {},
     "score-weighted": {"point_weight": "score", "student_points": True},
     "best points": {"max_points": 3, "sampler_input": "logits"},
-    "pair": {"objective": "pair", "giou_weight": 2.0, "balance_iterations": 2},
     "sampled logits": {"value": "logits"},
     "each class on its own": {"divergence": "bernoulli"},
     "reverse": {"direction": "student_teacher"},
@@ -309,7 +285,7 @@ def test_softmax_heads_equal_naive_loops(name):
         assert got[key].item() == pytest.approx(want[key], rel=1e-12), key
     assert got["asd_class"] > 0
     same = asd(teacher, teacher, [])
-    if asd.config.objective == "sample" and not asd.config.student_points:
+    if not asd.config.student_points:
         assert abs(same["asd_class"].item()) < 1e-12 and same["asd_box"] < 1e-12
 
 
@@ -419,13 +395,6 @@ def test_every_variant_teaches_boxes_and_classes(name):
         assert gradient.isfinite().all() and gradient.abs().sum() > 0
 
 
-def test_balanced_weights_give_every_query_the_same_share():
-    asd = method(balance_iterations=500, temperature=1.0)
-    weights = asd._attention(4 * torch.randn(3, 1, 8, 5, dtype=torch.float64))
-    torch.testing.assert_close(weights.sum(2), torch.ones(3, 8, dtype=torch.float64))
-    torch.testing.assert_close(weights.sum(1), torch.full((3, 5), 8 / 5, dtype=torch.float64), rtol=1e-3, atol=0)
-
-
 def test_duplicates_count_as_one_positive_set():
     teacher = output(6, 2)
     for x in (teacher.logits, teacher.boxes):
@@ -463,14 +432,12 @@ def test_statistics():
 
 
 def test_bad_options_are_one_line():
-    with pytest.raises(UserError, match="method.objective: 'pairs' is not a choice: did you mean 'pair'?"):
-        ASDConfig(objective="pairs")
+    with pytest.raises(UserError, match="method.value: 'prob' is not a choice: did you mean 'probs'?"):
+        ASDConfig(value="prob")
     with pytest.raises(UserError, match="method.temperature must be above 0"):
         ASDConfig(temperature=0)
     with pytest.raises(UserError, match="cannot be split"):
         ASDConfig(key_dim=10, heads=4)
-    with pytest.raises(UserError, match="method.student_points has no meaning with method.objective 'pair'"):
-        ASDConfig(objective="pair", student_points=True)
     with pytest.raises(UserError, match="the teacher has 2 decoder layers"):
         ASD(ASDConfig(layers=3), spec(), spec(num_layers=2))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from asd_hf.data.shapes import CLASS_NAMES, make_shapes, render
+from asd_hf.data.shapes import CLASS_NAMES, _contrasting, make_shapes, render
 from asd_hf.errors import UserError
 
 
@@ -64,3 +64,19 @@ def test_images_are_of_the_stated_size(tmp_path):
     entry = json.loads((tmp_path / "s/annotations/instances_train.json").read_text())["images"][0]
     with Image.open(tmp_path / "s/train" / entry["file_name"]) as image:
         assert image.size == (entry["width"], entry["height"]) == (48, 48)
+
+
+def test_images_can_be_made_harder():
+    crowded = [render(128, np.random.default_rng([0, 0, i]), max_objects=8)[1] for i in range(60)]
+    assert 4 < max(map(len, crowded)) <= 8
+    for contrast in (30, 250):
+        for index in range(20):
+            rng = np.random.default_rng(index)
+            ground = rng.integers(0, 256, 3).astype(np.float32)
+            differences = [np.abs(_contrasting(ground, contrast, rng) - ground).sum() for _ in range(20)]
+            assert min(differences) > contrast and (contrast > 30 or min(differences) < 110)
+
+
+def test_a_contrast_that_no_colour_has_is_refused(tmp_path):
+    with pytest.raises(UserError, match="contrast 400 is not to be had before every ground: at most 300"):
+        make_shapes(tmp_path / "s", num_train=1, num_val=1, contrast=400)

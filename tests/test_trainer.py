@@ -125,7 +125,7 @@ def test_every_term_is_logged_and_the_terms_sum_to_the_loss(shapes, tmp_path):
     }
     assert sum(terms.values()) == pytest.approx(row["loss"], rel=1e-5)
     assert {"asd/w_ii", "asd/w_ii_foreground", "asd/w_ii_background", "asd/queries_per_point"} <= row.keys()
-    assert 0 < row["distillation_gradient_share"] < 1
+    assert 0 < row["distillation_gradient_share"] < 1 and -1 < row["distillation_gradient_cosine"] < 1
 
 
 def test_a_source_of_unknown_length_needs_a_number_of_steps(shapes, tmp_path):
@@ -145,11 +145,13 @@ def test_gradient_norms_are_those_at_the_predictions():
         answer = teacher(batch["pixel_values"], batch["pixel_mask"])
     out = Distiller(student, criterion, method)(**batch, teacher=answer, measure_gradients="terms")
     output = student(batch["pixel_values"], batch["pixel_mask"])
-    norms = []
+    gradients = []
     for losses in (method(output, answer, batch["labels"]), criterion(output, batch["labels"])):
         grads = torch.autograd.grad(sum(losses.values()), (output.logits, output.boxes), retain_graph=True)
-        norms.append(torch.cat([g.flatten() for g in grads]).norm())
-    expected = {"distillation": norms[0].item(), "detection": norms[1].item()}
+        gradients.append(torch.cat([g.flatten() for g in grads]))
+    expected = {"distillation": gradients[0].norm().item(), "detection": gradients[1].norm().item()}
+    cosine = gradients[0] @ gradients[1] / (gradients[0].norm() * gradients[1].norm())
+    assert out.gradient_cosine.item() == pytest.approx(cosine.item(), abs=1e-5) and abs(cosine) > 1e-3
     assert {name: out.gradient_norms[name].item() for name in expected} == pytest.approx(expected, rel=1e-4)
     assert out.gradient_norms["asd_sampling"] == 0 < out.gradient_norms["asd_box"]
 

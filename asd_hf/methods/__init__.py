@@ -6,6 +6,7 @@ from .combined import CombinedMethod
 
 METHODS = {
     "asd": "asd_hf.methods.asd:ASD",
+    "balanced_pairs": "asd_hf.methods.balanced_pairs:BalancedPairs",
     "clockdistill": "asd_hf.methods.clockdistill:CLoCKDistill",
     "d3etr": "asd_hf.methods.d3etr:D3ETR",
     "detrdistill": "asd_hf.methods.detrdistill:DETRDistill",

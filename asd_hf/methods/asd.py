@@ -9,27 +9,19 @@ Letters: N images x layers, P sampling points, T teacher queries, S student quer
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..detectors.base import DetectorOutput, DetectorSpec
 from ..errors import UserError
 from ..ops import cxcywh_to_xyxy, full, generalized_iou
+from ..sampling import Sampler
 from .base import DistillationMethod, MethodConfig, option
 
 EPSILON = 1e-6  # keeps probabilities inside the domain of the logarithm
-
-
-# `objective: pair` compares single predictions of all teacher queries, under weights without gradient.
-_SAMPLE_ONLY = (
-    *("max_points", "student_points", "value", "box_space", "divergence", "direction"),
-    *("sampler_gradient", "weight_gradient"),
-)
 
 
 @dataclass
@@ -39,12 +31,6 @@ class ASDConfig(MethodConfig):
     # What is compared
     layers: int = option(2, "Last decoder layers to distil, aligned from the end (paper: 2; Table 2 also has 1)")
     teacher_layer: str = option("same", "Teacher layer of each student layer, from the end", ("same", "last"))
-    objective: str = option(
-        "sample",
-        "sample: distance of the sampled averages (paper). pair: expectation of the distance under the same weights "
-        "(extension, not in the paper; its weights carry no gradient)",
-        ("sample", "pair"),
-    )
 
     # The sampler
     sampler_input: str = option("probs", "Class part of what the sampler reads beside the box", ("probs", "logits"))
@@ -78,9 +64,6 @@ class ASDConfig(MethodConfig):
 
     # The distillation loss, Eq. 15 and 17
     temperature: float = option(4.0, "T of Eq. 15 on the attention scores of both models (paper: 4)")
-    balance_iterations: int = option(
-        0, "Sinkhorn iterations that balance the weights over points and queries (extension); 0: softmax (paper)"
-    )
     value: str = option("probs", "Class part of what is sampled", ("probs", "logits"))
     box_space: str = option("cxcywh", "Box part of what is sampled", ("cxcywh", "xyxy", "logit"))
     divergence: str = option(
@@ -105,42 +88,8 @@ class ASDConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("hidden_dim", "key_dim", "mlp_layers", "heads", "temperature", "sampling_temperature")
-        if self.objective == "pair":
-            for name in _SAMPLE_ONLY:
-                if getattr(self, name) != self.__dataclass_fields__[name].default:
-                    raise UserError(f"method.{name} has no meaning with method.objective 'pair': remove it")
         if self.key_dim % self.heads:
             raise UserError(f"method.key_dim {self.key_dim} cannot be split into method.heads {self.heads}")
-
-
-class Sampler(nn.Module):
-    """Attention scores between predictions: which queries a sampling point stands for (Eq. 9, 10, 13)."""
-
-    def __init__(self, input_dim: int, config: ASDConfig) -> None:
-        super().__init__()
-        self.heads, self.normalize = config.heads, config.normalize
-
-        def mlp() -> nn.Sequential:
-            widths = [input_dim] + [config.hidden_dim] * (config.mlp_layers - 1) + [config.key_dim]
-            layers = [nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)]
-            return nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU())][:-1])
-
-        self.query = mlp()
-        self.key = None if config.shared_qk else mlp()
-        if self.normalize == "l2":  # cosines need a learnt scale, or T leaves them flat
-            self.log_scale = nn.Parameter(torch.tensor(math.log(20.0)))
-
-    def forward(self, points: Tensor, queries: Tensor) -> Tensor:
-        """Scaled dot products (N, heads, P, Q) of (N, P, E) points with (N, Q, E) queries."""
-        points, keys = self._split(self.query(points)), self._split((self.key or self.query)(queries))
-        scale = self.log_scale.exp() if self.normalize == "l2" else points.shape[-1] ** -0.5
-        return scale * points @ keys.transpose(-1, -2)
-
-    def _split(self, x: Tensor) -> Tensor:
-        x = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        if self.normalize == "layer_norm":
-            return F.layer_norm(x, x.shape[-1:])
-        return F.normalize(x, dim=-1) if self.normalize == "l2" else x
 
 
 class ASD(DistillationMethod):
@@ -153,8 +102,8 @@ class ASD(DistillationMethod):
     with a softmax head a distribution over classes and "no object". No decoder access, no features, no labels.
 
     Differs from the paper in: distillation leaves the sampler alone and sets in over a ramp, and the sampling loss is
-    a mean. `configs/deformable_detr/asd_paper_literal.yaml` takes the text to the letter. `objective: pair`,
-    `balance_iterations` and `student_points` are not in the paper.
+    a mean. `configs/deformable_detr/asd_paper_literal.yaml` takes the text to the letter. `student_points` is not in
+    the paper.
     """
 
     config_class = ASDConfig
@@ -186,8 +135,12 @@ class ASD(DistillationMethod):
             raise UserError("method.divergence 'bernoulli' of a softmax head needs method.value 'probs'")
         input_dim = 4 + len(student.class_names) + self.softmax  # softmax heads have a column "no object"
         self.samplers = nn.ModuleList(
-            Sampler(input_dim, config) for _ in range(1 if config.share_sampler else config.layers)
+            self._sampler(input_dim) for _ in range(1 if config.share_sampler else config.layers)
         )
+
+    def _sampler(self, input_dim: int) -> Sampler:
+        c = self.config
+        return Sampler(input_dim, c.hidden_dim, c.key_dim, c.mlp_layers, c.heads, c.normalize, c.shared_qk)
 
     @property
     def settled_at(self) -> int:
@@ -257,18 +210,15 @@ class ASD(DistillationMethod):
             s_scores = sampler(point_input, keys)
         else:
             t_scores = t_scores.detach()
-            s_scores = self._frozen_scores(sampler, point_input, keys)
-        s_weights = attention = self._attention(s_scores)  # (N, P, S)
-        if config.objective == "pair":
-            distances = self._compare_pairs(s_weights, t_logits, t_boxes, s_logits, s_boxes)
-        else:
-            t_weights = self._attention(t_scores)  # (N, P, T)
-            if config.student_points:
-                points = s_input.detach()
-                t_weights = torch.cat([t_weights, self._attention(self._frozen_scores(sampler, points, t_input))], 1)
-                s_weights = torch.cat([s_weights, self._attention(self._frozen_scores(sampler, points, keys))], 1)
-                point_score = torch.cat([point_score, self._score(s_logits).detach()], 1)
-            distances = self._compare_samples(t_weights, s_weights, t_logits, t_boxes, s_logits, s_boxes)
+            s_scores = sampler.frozen(point_input, keys)
+        t_weights, s_weights = self._attention(t_scores), self._attention(s_scores)  # (N, P, T), (N, P, S)
+        attention = s_weights.detach()
+        if config.student_points:
+            points = s_input.detach()
+            t_weights = torch.cat([t_weights, self._attention(sampler.frozen(points, t_input))], 1)
+            s_weights = torch.cat([s_weights, self._attention(sampler.frozen(points, keys))], 1)
+            point_score = torch.cat([point_score, self._score(s_logits).detach()], 1)
+        distances = self._compare_samples(t_weights, s_weights, t_logits, t_boxes, s_logits, s_boxes)
         share = torch.ones_like(point_score) if config.point_weight == "uniform" else point_score
         share = share / share.sum(1, keepdim=True).clamp(min=EPSILON)  # (N, P), sums to 1 in each image
         losses |= {name: (share * distance).sum(1).mean() for name, distance in distances.items()}
@@ -280,7 +230,7 @@ class ASD(DistillationMethod):
             "asd/w_ii_foreground": (score * diagonal).sum() / score.sum().clamp(min=EPSILON),
             "asd/w_ii_background": ((1 - score) * diagonal).sum() / (1 - score).sum().clamp(min=EPSILON),
             # exp(entropy): over how many student queries a teacher point spreads.
-            "asd/queries_per_point": torch.special.entr(attention.detach()).sum(-1).exp().mean(),
+            "asd/queries_per_point": torch.special.entr(attention).sum(-1).exp().mean(),
         }
         return losses, statistics
 
@@ -298,12 +248,6 @@ class ASD(DistillationMethod):
     def _classes(self, x: Tensor) -> Tensor:
         """Without "no object"."""
         return x[..., :-1] if self.softmax else x
-
-    @staticmethod
-    def _frozen_scores(sampler: Sampler, points: Tensor, queries: Tensor) -> Tensor:
-        """Scores whose gradient passes through the sampler to its inputs and leaves the sampler alone."""
-        frozen = {name: p.detach() for name, p in sampler.named_parameters()}
-        return functional_call(sampler, frozen, (points, queries))
 
     def _sampling_loss(self, scores: Tensor, logits: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """-log W_ii (Eq. 16) and the detached weights W (N, Q, Q), averaged over heads."""
@@ -329,12 +273,7 @@ class ASD(DistillationMethod):
 
     def _attention(self, scores: Tensor) -> Tensor:
         """Scores (N, heads, P, Q) to sampling weights (N, P, Q): rows sum to 1 (Eq. 15)."""
-        scores = scores / self.config.temperature
-        # Balanced: every query gets the same total weight as well, so that no student query escapes (Sinkhorn).
-        for _ in range(self.config.balance_iterations):
-            scores = scores.log_softmax(-2)
-            scores = scores.log_softmax(-1)
-        return scores.softmax(-1).mean(1)
+        return (scores / self.config.temperature).softmax(-1).mean(1)
 
     def _compare_samples(
         self,
@@ -356,31 +295,6 @@ class ASD(DistillationMethod):
         }
         if self.config.giou_weight:
             distances["asd_giou"] = 1 - generalized_iou(self._corners(t_box), self._corners(s_box))
-        return distances
-
-    def _compare_pairs(
-        self, weights: Tensor, t_logits: Tensor, t_boxes: Tensor, s_logits: Tensor, s_boxes: Tensor
-    ) -> dict[str, Tensor]:
-        """Expected distances (N, T) of a teacher query to the student queries under its weights: sum_j W_ij d(i, j).
-
-        d is between single predictions, so averages of boxes that lie far apart never arise.
-        """
-        weights = weights.detach()
-        t_probs = self._probs(t_logits)
-        # KL as cross entropy less entropy, so that no (N, T, S, C) tensor arises; of Bernoullis, summed over classes.
-        if self.softmax:
-            cross = -t_probs @ s_logits.log_softmax(-1).transpose(1, 2)  # (N, T, S)
-            entropy = torch.special.entr(t_probs).sum(-1)
-        else:
-            cross = F.softplus(s_logits).sum(-1)[:, None] - t_probs @ s_logits.transpose(1, 2)
-            entropy = F.binary_cross_entropy(t_probs, t_probs, reduction="none").sum(-1)
-        distances = {
-            "asd_box": (weights * torch.cdist(t_boxes, s_boxes, p=1)).sum(-1),
-            "asd_class": (weights * cross).sum(-1) - entropy,
-        }
-        if self.config.giou_weight:
-            giou = generalized_iou(cxcywh_to_xyxy(t_boxes)[:, :, None], cxcywh_to_xyxy(s_boxes)[:, None])
-            distances["asd_giou"] = (weights * (1 - giou)).sum(-1)
         return distances
 
     def _box_values(self, boxes: Tensor) -> Tensor:
