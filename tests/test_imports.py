@@ -9,10 +9,10 @@ ROOT = Path(asd_hf.__file__).parent
 LAYERS = [
     {"errors", "registry", "ops", "distances", "phases"},
     {"detectors"},
-    {"criterion", "features", "matching", "questions", "targets"},
+    {"criterion", "features", "matching", "questions", "sampling", "targets"},
     {"methods"},
     {"classes", "distiller", "ema", "student", "data", "evaluation", "hub"},
-    {"config", "trainer", "build", "doctor", "benchmark"},
+    {"config", "trainer", "build", "doctor", "benchmark", "compare"},
     {"commands"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

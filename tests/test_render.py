@@ -232,6 +232,7 @@ BASE = [(100, 0.10), (200, 0.20), (400, 0.30)]
         ([(100, 0.1), (200, 0.2), (300, 0.4)], 100, (0.625, 0.625)),  # half-way from 200 to 300: of 400 steps
         ([(100, 0.1), (200, 0.2), (300, 0.4)], 160, (1, 0.625)),
         ([(100, 0.35), (200, 0.2), (300, 0.4)], 200, (0.5, 0.25)),  # at the first evaluation, and first of all times
+        ([(100, 0.1), (200, 0.4), (300, 0.2), (400, 0.5)], 100, (5 / 12, 5 / 12)),  # for the first time
         ([(100, 0.1), (800, 0.45)], 100, (1.25, 1.25)),
         ([(100, 0.1), (400, 0.299)], 100, None),
     ],
@@ -253,10 +254,10 @@ def test_time_to_goes_by_the_mean_over_the_common_seeds():
 
 def test_runs_of_unequal_steps_are_brought_together_by_their_share():
     """As they are where each run has a budget of minutes."""
-    own = [record(seed=0, points=[(100, 0.1), (200, 0.2)]), record(seed=1, points=[(100, 0.1), (400, 0.4)])]
+    own = [record(seed=0, points=[(100, 0.1), (200, 0.2)]), record(seed=1, points=[(100, 0.1), (400, 0.7)])]
     base = [record("none", s, points=[(100, 0.0), (250, 0.21)]) for s in range(2)]
-    # At half of their steps, 100 and 200, they have 0.1 and 0.2; at the end 0.2 and 0.4.
-    assert time_to(own, base).steps == pytest.approx((150 + 150 * (0.21 - 0.15) / (0.3 - 0.15)) / 250)
+    # At half of their steps, 100 and 200, they have 0.1 and 0.3; at the end 0.2 and 0.7.
+    assert time_to(own, base).steps == pytest.approx((150 + 150 * (0.21 - 0.2) / (0.45 - 0.2)) / 250)
 
 
 def test_the_share_of_time_is_shown():
@@ -276,7 +277,7 @@ def test_of_many_methods_lines_show_baseline_best_and_asd():
     assert many.lines == ["none", *(f"method_{n:02d}" for n in range(11, 5, -1)), "asd", "asd_t1"]
     assert "6 more methods left out" in draw_curves(many).get_suptitle()
     looks = [many.looks[name] for name in many.methods]
-    assert len(set(looks)) == len(looks) == 15
+    assert len({(look.colour, look.marker) for look in looks}) == len({look[:2] for look in looks}) == 15
 
 
 def test_the_curves_are_in_points_and_mean_over_seeds():
@@ -299,12 +300,13 @@ def test_a_teacher_far_above_does_not_press_the_curves_flat():
 
 def test_no_name_covers_another_or_a_point():
     crowd = {name: 0.3 + 0.0001 * n for n, name in enumerate(names(12))}
-    figure = draw_cost(make_scene("easy", study({"none": 0.3, **crowd}), "none"))
+    edge = {"a method with a rather long name": 0.31}
+    figure = draw_cost(make_scene("easy", study({"none": 0.3, **crowd}) + study(edge, ms=130), "none"))
     figure.draw_without_rendering()
     axes = figure.axes[0]
-    labels = [text for text in axes.texts if text.get_text() in {"none", *crowd}]
+    labels = [text for text in axes.texts if text.get_text() in {"none", *crowd, *edge}]
     boxes = [super(type(text), text).get_window_extent() for text in labels]  # without their lines to the points
-    assert len(boxes) == 13
+    assert len(boxes) == 14
     for index, box in enumerate(boxes):
         assert not box.count_overlaps(boxes[:index] + boxes[index + 1 :])
         assert not any(box.contains(*axes.transData.transform(text.xy)) for text in labels)

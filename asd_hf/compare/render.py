@@ -498,13 +498,12 @@ def _label_points(axes: Axes, points: Sequence[tuple[float, float, str, str]], b
     """Writes a name beside each point (x, y, name, colour), at the nearest place where it covers nothing.
 
     Args:
-        bars: pairs of ends (x, y) of what must not be covered either.
+        bars: pairs of ends (x, y) of what must not be covered, the points among it.
     """
     axes.figure.draw_without_rendering()
     axes.figure.set_layout_engine("none")  # the places are in pixels: nothing may move any more
     pixels = axes.transData.transform([point[:2] for point in points])
-    taken = [Bbox(axes.transData.transform(ends)).padded(4) for ends in bars]
-    taken += [Bbox([at, at]).padded(6) for at in pixels]
+    taken = [Bbox(axes.transData.transform(ends)).padded(5) for ends in bars]
 
     def covers(box: Bbox) -> int:
         outside = not (axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max))
@@ -595,7 +594,7 @@ def _how_to_read(baseline: str, records: str) -> str:
 - **{DIFFERENCE}**: a method's AP minus that of `{baseline}` with the same seed, trained from the same student: the
   mean over these seeds, and in brackets its {level} interval. It allows for other seeds and for other evaluation
   images; with one seed there is none, and with two or three it is somewhat too narrow (it may miss the true difference
-  in 13 % or 8 % of all cases).
+  in up to 13 % or 8 % of all cases).
 - **{IMAGES_ALONE}**: the paired bootstrap interval over images. It allows for other evaluation images with these very
   students, and says nothing about other seeds.
 - **{VERDICT}**: `{BETTER}`, the interval of the difference lies above 0; `{WORSE}`, below 0; `{NOT_BETTER}`, below

@@ -1,142 +1,180 @@
+"""Balanced pairs: soft pairs of all predictions, and answers to the teacher's own queries, whose pairs are known."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..criterion import DetectionCriterion
-from ..detectors.base import DetectorOutput, DetectorSpec
+from ..detectors.base import DetectorOutput, DetectorSpec, sum_over_ranks
 from ..distances import box_distances, class_divergence, pair_distances
-from ..features import AlignedMaps
 from ..ops import full
-from ..questions import Translator, ask, point_weights
+from ..questions import Translator, ask, point_scores
 from ..sampling import Sampler
 from .base import DistillationMethod, MethodConfig, align_layers, check_layers, option, take_layers
+
+Predictions = tuple[Tensor, Tensor]  # logits (N, Q, C) and boxes (N, Q, 4)
+
+TRUST_DECAY = 0.95  # of the running means of both models' losses
 
 
 @dataclass
 class BalancedPairsConfig(MethodConfig):
+    """Options of balanced pairs. The defaults are those of docs/evidence.md."""
+
     layers: int | None = option(None, "Last decoder layers to distil, aligned from the end; default: all")
-    score: str = option("sampler", "", ("sampler", "distance", "both"))
-    class_weight: float = option(1.0, "")
-    box_weight: float = option(5.0, "")
-    giou_weight: float = option(2.0, "")
-    temperature: float = option(1.0, "")
-    final_temperature: float = option(0.0, "")
-    anneal_steps: int = option(0, "")
-    balance_iterations: int = option(20, "")
-    point_weight: str = option("uniform", "", ("uniform", "score"))
-    sampling_weight: float = option(1.0, "")
-    trust: float = option(0.0, "")
-    weight_gradient: bool = option(False, "")
-    pair_weight: float = option(1.0, "")
-    asked_weight: float = option(0.0, "")
-    asked_points: str = option("uniform", "", ("uniform", "score"))
-    feature_weight: float = option(0.0, "")
-    hidden_dim: int = option(256, "")
-    key_dim: int = option(256, "")
+
+    # The distance of two predictions
+    class_weight: float = option(1.0, "Weight of the divergence of the classes, summed over them")
+    box_weight: float = option(5.0, "Weight of the L1 distance of the boxes, summed over coordinates")
+    giou_weight: float = option(2.0, "Weight of 1 - GIoU of the boxes")
+
+    # Soft pairs of the student's own predictions
+    pair_weight: float = option(1.0, "Factor on the distances of soft pairs; 0 leaves them out")
+    score: str = option(
+        "distance",
+        "What weighs the pairs: their distance; the attention of a sampler that learns as in active sampling "
+        "distillation; or both",
+        ("distance", "sampler", "both"),
+    )
+    temperature: float = option(0.3, "Of the weights: towards 0 each prediction has one partner")
+    balance_iterations: int = option(
+        20, "Sinkhorn iterations, after which all student predictions have nearly the same weight; 0: softmax alone"
+    )
+    sampling_weight: float = option(1.0, "Weight of the loss that trains the sampler")
+    hidden_dim: int = option(256, "Width of the sampler's hidden layers")
+    key_dim: int = option(256, "Width of the sampler's queries and keys")
+
+    # Answers to the teacher's queries
+    asked_weight: float = option(1.0, "Factor on the distances of answers; 0 leaves them out, and the extra decoding")
+    asked_points: str = option(
+        "score", "Share of each of the teacher's queries: its best class probability, or equal", ("score", "uniform")
+    )
+
+    # Where the teacher is weak
+    trust: float = option(
+        2.0,
+        "Imitation counts trust * (1 - teacher's detection loss / student's), at most 1 and at least 0: it ends where "
+        "the student has caught up; 0: it always counts 1",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_positive("temperature", "hidden_dim", "key_dim")
 
 
 class BalancedPairs(DistillationMethod):
     config_class = BalancedPairsConfig
 
-    def __init__(self, config, student: DetectorSpec, teacher: DetectorSpec) -> None:
+    def __init__(self, config: BalancedPairsConfig, student: DetectorSpec, teacher: DetectorSpec) -> None:
         super().__init__(config, student, teacher)
         check_layers(config.layers, student)
         self.softmax = student.activation == "softmax"
-        if config.score != "distance":
+        self.sampler = None
+        if config.pair_weight and config.score != "distance":
             self.sampler = Sampler(4 + len(student.class_names) + self.softmax, config.hidden_dim, config.key_dim)
-        self.criterion = DetectionCriterion(student.activation, class_cost=2, class_loss_weight=2)
-        if config.asked_weight:
-            self.translator = Translator(student, teacher)
-        if config.feature_weight:
-            self.maps = AlignedMaps(student, teacher)
+        self.translator = Translator(student, teacher) if config.asked_weight else None
         if config.trust:
-            self.register_buffer("losses", torch.zeros(2))
+            self.criterion = DetectionCriterion(student.activation, class_cost=2, class_loss_weight=2)
+            self.register_buffer("running_losses", torch.zeros(2))  # of the student and the teacher
+            self.register_buffer("batches", torch.zeros(()))
 
     @property
-    def requires(self):
-        needs = {"features": self.config.feature_weight, "decode": self.config.asked_weight}
-        return frozenset(name for name, needed in needs.items() if needed)
+    def requires(self) -> frozenset[str]:
+        return frozenset({"decode"} if self.config.asked_weight else ())
 
     def compare(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
         config, layers = self.config, align_layers(student, teacher, self.config.layers)
+        theirs = take_layers(teacher, [layer for _, layer in layers])
+        targets = full(theirs.logits).detach(), full(theirs.boxes).detach()  # (L, B, T, .)
+        losses: dict[str, Tensor] = {}
+        self.statistics = {}
         with torch.autocast(student.logits.device.type, enabled=False):
-            ours = tuple(full(x[-len(layers) :]).flatten(0, 1) for x in (student.logits, student.boxes))
-            theirs = tuple(
-                torch.stack([full(x[t]) for _, t in layers]).flatten(0, 1).detach()
-                for x in (teacher.logits, teacher.boxes)
-            )
-            losses = self._distil(ours, theirs, student, teacher, labels, len(layers))
+            trust = self._trust(student, teacher, labels) if config.trust else 1.0
+            if config.pair_weight:
+                losses |= self._pairs(_last(student, len(layers)), targets, config.pair_weight * trust)
         if config.asked_weight:
             told = ask(student, self.translator(teacher.decode.own, teacher))
             with torch.autocast(student.logits.device.type, enabled=False):
-                ts = [t for _, t in layers]
-                tl, tb = (torch.stack([full(x[t]) for t in ts]).detach() for x in (teacher.logits, teacher.boxes))
-                sl, sb = full(told.logits[-len(ts):]), full(told.boxes[-len(ts):])
-                w = torch.ones_like(tl[..., 0]) / tl.shape[2]
-                if config.asked_points == "score":
-                    w = point_weights(tl, self.softmax)
-                l1, giou = box_distances(sb, tb)
-                d = config.class_weight * class_divergence(sl, tl, self.softmax) + config.box_weight * l1 + config.giou_weight * giou
-                losses["balanced_pairs_asked"] = config.asked_weight * (w * d).sum(-1).mean(1).sum()
-        if config.feature_weight:
-            with torch.autocast(student.logits.device.type, enabled=False):
-                total = 0
-                for source, target, valid in self.maps(student, teacher):
-                    total = total + ((source - target).square().mean(1).sum((-2, -1)) / valid.sum((1, 2, 3)).clamp(min=1)).mean()
-                losses["balanced_pairs_feature"] = config.feature_weight * total
+                losses |= self._answers(_last(told, len(layers)), targets, config.asked_weight * trust)
         return losses
 
-    def _distil(self, ours, theirs, student, teacher, labels, count):
-        config = self.config
-        (s_logits, s_boxes), (t_logits, t_boxes) = ours, theirs
-        classes, l1, giou = pair_distances(ours, theirs, self.softmax)  # (N, T, S)
-        losses, total = {}, 0
-        scores = 0.0
-        self.statistics = {}
-        if config.score != "distance":
-            y_t, y_s = (torch.cat([b, self._probs(z)], -1) for z, b in (theirs, ours))
-            own = self.sampler(y_t, y_t)
-            log_own = own.log_softmax(-1).diagonal(dim1=-2, dim2=-1)
-            losses["balanced_pairs_sampling"] = config.sampling_weight * -log_own.mean() * count
-            scores = self.sampler.frozen(y_t, y_s if config.weight_gradient else y_s.detach())[:, 0]
-            self.statistics["balanced_pairs/w_ii"] = log_own.detach().exp().mean()
+    def _pairs(self, student: Predictions, teacher: Predictions, factor: Tensor | float) -> dict[str, Tensor]:
+        """Expected distances of the pairs under the balanced weights, summed over layers, averaged over images."""
+        config, count = self.config, len(student[0])
+        ours, theirs = (tuple(x.flatten(0, 1) for x in side) for side in (student, teacher))  # (N, Q, .)
+        distances = self._weighted(pair_distances(ours, theirs, self.softmax))  # (N, T, S) each
+        losses, scores = {}, 0.0
         if config.score != "sampler":
-            cost = config.class_weight * classes + config.box_weight * l1 + config.giou_weight * giou
-            scores = scores - cost.detach()
-        temperature = config.temperature
-        if config.anneal_steps:
-            done = min(self.step / config.anneal_steps, 1.0)
-            temperature = config.temperature * (config.final_temperature / config.temperature) ** done
-        z = scores / temperature
-        for _ in range(config.balance_iterations):
-            z = z.log_softmax(-2)
-            z = z.log_softmax(-1)
-        w = z.softmax(-1)
-        if not config.weight_gradient:
-            w = w.detach()
-        share = torch.ones_like(w[..., 0])
-        if config.point_weight == "score":
-            share = self._probs(t_logits)[..., : t_logits.shape[-1] - self.softmax].amax(-1)
-        share = share / share.sum(1, keepdim=True).clamp(min=1e-6)
-        trust = 1.0
-        if config.trust:
-            with torch.no_grad():
-                for i, x in enumerate((student, teacher)):
-                    last = replace(take_layers(x, [len(x.logits) - 1]), proposals=None)
-                    value = sum(self.criterion(last, labels).values())
-                    self.losses[i] = value if self.step == 0 else 0.95 * self.losses[i] + 0.05 * value
-                trust = (config.trust * (1 - self.losses[1] / self.losses[0])).clamp(0, 1)
-            self.statistics["balanced_pairs/trust"] = trust
-            self.statistics["balanced_pairs/student_loss"] = self.losses[0].clone()
-            self.statistics["balanced_pairs/teacher_loss"] = self.losses[1].clone()
-        for name, d, weight in (("class", classes, config.class_weight), ("box", l1, config.box_weight), ("giou", giou, config.giou_weight)):
-            losses[f"balanced_pairs_{name}"] = config.pair_weight * trust * weight * count * ((w * d).sum(-1) * share).sum(1).mean()
-        self.statistics["balanced_pairs/queries_per_point"] = torch.special.entr(w.detach()).sum(-1).exp().mean()
-        return losses
+            scores = -sum(distances.values()).detach()
+        if self.sampler is not None:
+            points, keys = (torch.cat([boxes, self._probs(logits)], -1) for logits, boxes in (theirs, ours))
+            own = self.sampler(points, points)[:, 0].log_softmax(-1).diagonal(dim1=-2, dim2=-1)
+            losses["balanced_pairs_sampling"] = config.sampling_weight * count * -own.mean()
+            scores = scores + self.sampler.frozen(points, keys.detach())[:, 0].detach()
+            self.statistics["balanced_pairs/w_ii"] = own.detach().exp().mean()
+        weights = balance(scores / config.temperature, config.balance_iterations)
+        # The weights of a teacher's prediction sum to 1: all together are T an image.
+        means = {name: (weights * distance).sum(-1).mean() for name, distance in distances.items()}
+        self.statistics["balanced_pairs/queries_per_point"] = torch.special.entr(weights).sum(-1).exp().mean()
+        return losses | {f"balanced_pairs_{name}": factor * count * mean for name, mean in means.items()}
+
+    def _answers(self, student: Predictions, teacher: Predictions, factor: Tensor | float) -> dict[str, Tensor]:
+        """Distances of the student's answers to the teacher's queries from the teacher's own, query by query."""
+        (s_logits, s_boxes), (t_logits, t_boxes) = student, teacher
+        shares = torch.ones_like(t_logits[..., 0])
+        if self.config.asked_points == "score":
+            shares = point_scores(t_logits, self.softmax)
+        shares = shares / shares.sum(-1, keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny)
+        distances = class_divergence(s_logits, t_logits, self.softmax), *box_distances(s_boxes, t_boxes)
+        return {
+            f"balanced_pairs_asked_{name}": factor * (shares * distance).sum(-1).mean(1).sum()
+            for name, distance in self._weighted(distances).items()
+        }
+
+    def _weighted(self, distances: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+        classes, l1, giou = distances
+        config = self.config
+        return {
+            "class": config.class_weight * classes,
+            "box": config.box_weight * l1,
+            "giou": config.giou_weight * giou,
+        }
+
+    @torch.no_grad()
+    def _trust(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> Tensor:
+        """How much the teacher is to be imitated, by the running means of both models' losses on the labels."""
+        now = []
+        for output in (student, teacher):
+            last = replace(take_layers(output, [len(output.logits) - 1]), proposals=None)
+            now.append(sum(self.criterion(last, labels).values()))
+        total, num_ranks = sum_over_ranks(torch.stack(now).to(self.running_losses))
+        now = total / num_ranks
+        self.batches += now[0] > 0  # without labelled images there is nothing to compare
+        step = torch.where(now[0] > 0, (1 / self.batches.clamp(min=1)).clamp(min=1 - TRUST_DECAY), 0)
+        self.running_losses.lerp_(now, step)
+        ours, theirs = self.running_losses
+        trust = (self.config.trust * (1 - theirs / ours.clamp(min=1e-6))).clamp(0, 1)
+        self.statistics["balanced_pairs/trust"] = trust
+        return trust
 
     def _probs(self, logits: Tensor) -> Tensor:
         return logits.softmax(-1) if self.softmax else logits.sigmoid()
+
+
+def balance(scores: Tensor, iterations: int) -> Tensor:
+    """Weights (N, T, S) of scores: rows sum to 1; with iterations, columns to nearly T / S.
+
+    Sinkhorn and Knopp's scaling, in logarithms (Cuturi, arXiv 1306.0895).
+    """
+    for _ in range(iterations):
+        scores = scores.log_softmax(-2)
+        scores = scores.log_softmax(-1)
+    return scores.softmax(-1)
+
+
+def _last(output: DetectorOutput, count: int) -> Predictions:
+    """Of the last `count` layers, in fp32 at least."""
+    return full(output.logits[-count:]), full(output.boxes[-count:])
