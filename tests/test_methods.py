@@ -28,7 +28,7 @@ from tests.tiny_data import NAMES
 
 ROOT = Path(__file__).parents[1]
 # What makes a method small enough for a test. Unknown options are errors, so a renamed one is noticed.
-OPTIONS = {"asd": {"hidden_dim": 16, "key_dim": 16}}
+OPTIONS = {"asd": {"hidden_dim": 16, "key_dim": 16}, "balanced_pairs": {"trust": 0.0}}
 SETTLED = 10**6  # a step at which every schedule has ended
 MORE = ("kite", "owl", "dog", "pizza", "cat")  # of the student's five it knows four, in another order
 
@@ -46,6 +46,7 @@ UNEQUAL = [pair for pair in PAIRS if pair not in ("alike", "sides")]
 NO_DECODER = {"no decoder": "which yolos cannot give"}
 REFUSED: dict[str, dict[str, str]] = {  # method -> pair -> a part of the reason
     "asd": {"no decoder": "the teacher has 1 decoder layers"},
+    "balanced_pairs": NO_DECODER,
     "clockdistill": NO_DECODER | dict.fromkeys(("one map", "softmax"), "takes no references"),
     "d3etr": NO_DECODER,
     "detrdistill": NO_DECODER,
@@ -149,6 +150,7 @@ NOT_IMITATION: dict[str, tuple[str, ...]] = {
 }
 # Each layer beside the same one, and boxes that reach beyond the image as they are.
 ALIKE: dict[str, dict] = {
+    "balanced_pairs": {"temperature": 1e-3},  # as good as one to one
     "detrdistill": {"clip_boxes": False},
     "index_pairing": {"clip_boxes": False},
     "kd_detr": {"teacher_layer": "same"},

@@ -66,6 +66,40 @@ class BalancedPairsConfig(MethodConfig):
 
 
 class BalancedPairs(DistillationMethod):
+    """Every prediction of the teacher teaches all of the student's, by weights; and both answer the same questions.
+
+    This project's own method, which goes beyond active sampling distillation (`asd`): nothing is matched, no order of
+    queries is supposed, and their numbers may differ. Two kinds of imitation, in every decoder layer, of the teacher's
+    layer that is as far from its end:
+
+    Soft pairs. `asd` compares averages of predictions, which a blurred student satisfies too. Here the distance of
+    single predictions is averaged: sum_ij w_ij d(t_i, s_j), d = divergence of the classes + 5 L1 + 2 (1 - GIoU). The
+    weights w carry no gradient. A softmax of -d over the student's predictions, balanced so that each of those gets
+    the same total, makes them: near 1 where two predictions name one object, and what finds no object is taught to be
+    background. `score: sampler` takes the attention of active sampling in its place.
+
+    Answers. Which of the student's predictions a teacher's query stands for is known when the query itself is put to
+    the student's decoder, on the image that it has encoded: its answer imitates the teacher's own. Queries count as
+    much as the teacher finds an object there.
+
+    Where the teacher is weak, it should not hold the student back: both models' detection losses on the labels are
+    compared, and imitation fades as the student comes near the teacher (`trust`).
+
+    What it owes: the sampler, the points and doing without matching to active sampling distillation (OpenReview
+    hYAPU5qrwY). The weights of `score: distance` are an entropic optimal transport plan between the two sets of
+    predictions (Cuturi, NeurIPS 2013, arXiv 1306.0895), cut short after some iterations; with a temperature towards 0
+    it becomes the Hungarian matching of DETRDistill (Chang et al., arXiv 2211.10156), whose distance it takes. To put
+    the teacher's queries to the student is KD-DETR's (Wang et al., arXiv 2211.08071, "specific sampling"); its classes
+    are a softmax at a temperature, here each class stands on its own.
+
+    Requires: the student's decoder (`decode`), unless `asked_weight` is 0. Any two query counts, widths and heads.
+
+    Differs from the paper in: there is none.
+
+    With equal predictions the losses of answers need not be 0 (the student's decoder has other weights), nor those of
+    pairs: weights of a temperature above 0 reach neighbours too.
+    """
+
     config_class = BalancedPairsConfig
 
     def __init__(self, config: BalancedPairsConfig, student: DetectorSpec, teacher: DetectorSpec) -> None:
