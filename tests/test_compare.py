@@ -15,7 +15,7 @@ import yaml
 
 from asd_hf.commands import run
 from asd_hf.compare.plan import choose_variants, make_plans, read_variants
-from asd_hf.compare.render import load_runs
+from asd_hf.compare.records import load_runs
 from asd_hf.compare.schedule import open_plans
 from asd_hf.errors import UserError
 from asd_hf.evaluation import STATS

@@ -9,19 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from asd_hf.compare.render import (
-    HEADER,
-    draw_cost,
-    draw_curves,
-    draw_inside,
-    load_runs,
-    make_scene,
-    ranked,
-    render,
-    table,
-    time_to,
-    to_markdown,
-)
+from asd_hf.compare.pictures import draw_cost, draw_curves, draw_inside, make_scene
+from asd_hf.compare.records import load_runs, ranked
+from asd_hf.compare.render import render
+from asd_hf.compare.table import HEADER, table, time_to, to_markdown
 from asd_hf.compare.verdict import paired_difference
 from asd_hf.errors import UserError
 from asd_hf.evaluation import STATS

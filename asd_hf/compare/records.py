@@ -1,0 +1,137 @@
+"""The records of a comparison's runs: what each holds, and what is read from several of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import UserError
+from ..evaluation import STATS
+
+POINT = {"step": int, "seconds": float}
+RECORD = {  # as far as it is read here: types, objects by their keys, lists by what they hold
+    "setting": str,
+    "method": str,
+    "seed": int,
+    "metrics": dict.fromkeys(STATS, float),
+    "bootstrap": {"seed": int, "AP": [float]},
+    "num_images": int,
+    "data_fingerprint": str,
+    "student_sha256": str,
+    "teacher": object,  # {"AP": float}, or null
+    "steps": int,
+    "seconds": float,
+    "ms_per_step": float,
+    "peak_memory_mib": float,
+    "device": str,
+    "curves": {"train": [POINT], "eval": [POINT | {"AP": float}]},
+}
+_KINDS = {str: "text", int: "an integer", float: "a finite number", dict: "an object", list: "a list"}
+
+
+def load_runs(folder: Path) -> dict[str, list[dict]]:
+    """All records below `folder`, which are all its `*.json`, by setting.
+
+    Raises:
+        UserError: there is none; a file is no record (named with the key that is wrong); a run is there twice; a
+            setting cannot be the name of a file.
+    """
+    settings: dict[str, list[dict]] = {}
+    files: dict[tuple[str, str, int], Path] = {}
+    for file in sorted(folder.rglob("*.json")):
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{file} is not JSON: {error}") from None
+        _check(record, RECORD, "", file)
+        if record["teacher"] is not None:
+            _check(record["teacher"], {"AP": float}, "teacher", file)
+        setting = record["setting"]
+        if setting in ("", ".", "..") or re.search(r"[/\\\0]", setting):
+            raise UserError(f"{file}: the setting {setting!r} cannot be the name of a file")
+        first = files.setdefault((setting, record["method"], record["seed"]), file)
+        if first is not file:
+            raise UserError(f"{first} and {file} are records of the same setting, method and seed")
+        settings.setdefault(setting, []).append(record)
+    if not settings:
+        raise UserError(f"{folder}: no record of a run (*.json) is there")
+    return dict(sorted(settings.items()))
+
+
+def _check(value: Any, shape: Any, key: str, file: Path) -> None:
+    """Raises a UserError if `value`, which `file` has under `key`, is not as `shape` says."""
+    kind = shape if isinstance(shape, type) else type(shape)
+    fits = isinstance(value, int | float) and math.isfinite(value) if kind is float else isinstance(value, kind)
+    if not fits:
+        raise UserError(f"{file} is not the record of a run: {key or 'it'} is not {_KINDS[kind]}")
+    for name, inner in shape.items() if kind is dict else ():
+        path = f"{key}.{name}".lstrip(".")
+        if name not in value:
+            raise UserError(f"{file} is not the record of a run: {path} is missing")
+        _check(value[name], inner, path, file)
+    for index, item in enumerate(value if kind is list else ()):
+        _check(item, shape[0], f"{key}[{index}]", file)
+
+
+def ranked(runs: Sequence[dict], baseline: str) -> dict[str, list[dict]]:
+    """The records of a setting by method: the baseline first, then by mean AP, the best first."""
+    methods: dict[str, list[dict]] = {}
+    for run in runs:
+        methods.setdefault(run["method"], []).append(run)
+    order = sorted(methods, key=lambda name: (name != baseline, -mean_ap(methods[name]), name))
+    return {name: methods[name] for name in order}
+
+
+def mean_ap(runs: Sequence[dict]) -> float:
+    return fmean(run["metrics"]["AP"] for run in runs)
+
+
+def teachers(runs: Sequence[dict]) -> dict[str, float]:
+    """AP of each teacher by what to call it: "teacher", or "teacher of ..." if methods had different ones."""
+    taught: dict[float, dict[str, None]] = {}
+    for run in runs:
+        if run["teacher"] is not None:
+            taught.setdefault(run["teacher"]["AP"], {})[run["method"]] = None
+    if len(taught) == 1:
+        return {"teacher": next(iter(taught))}
+    return {f"teacher of {', '.join(methods)}": ap for ap, methods in taught.items()}
+
+
+class Curve(NamedTuple):
+    """AP at the evaluations during training.
+
+    Attributes:
+        steps, seconds: (P,), means over seeds.
+        ap: (seeds, P).
+    """
+
+    steps: np.ndarray
+    seconds: np.ndarray
+    ap: np.ndarray
+
+
+def curve(runs: Sequence[dict]) -> Curve | None:
+    """The evaluations of one method's runs, brought together by the share of its steps that a run has taken.
+
+    Runs with a budget of minutes differ in their steps; their schedules go by the share. Between its evaluations a run
+    is interpolated linearly. None if a run has no evaluation.
+    """
+    points = [run["curves"]["eval"] for run in runs]
+    if not points or not all(points):
+        return None
+    shares = [np.array([p["step"] for p in own]) / own[-1]["step"] for own in points]
+    grid = np.unique(np.concatenate(shares))
+    grid = grid[grid >= max(own[0] for own in shares)]
+
+    def along(key: str) -> np.ndarray:  # (seeds, P)
+        pairs = zip(shares, points, strict=True)
+        return np.array([np.interp(grid, share, [p[key] for p in own]) for share, own in pairs])
+
+    return Curve(along("step").mean(0), along("seconds").mean(0), along("AP"))
