@@ -14,6 +14,7 @@ from asd_hf.distances import (
     clip_to_image,
     imitation_losses,
     pair_costs,
+    pair_distances,
 )
 
 
@@ -118,6 +119,26 @@ def test_costs_of_all_pairs_equal_the_formulas(softmax):
                 l1 = sum(abs(x - y) for x, y in zip(s, t, strict=True))
                 want = 0.5 * cross + 3 * l1 + 7 * (1 - iou_and_giou(s, t)[1])
                 assert cost[0, image, i, j].item() == pytest.approx(want, rel=1e-10)
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_distances_of_all_pairs_are_those_of_single_ones(softmax):
+    """Their gradients too."""
+    student, teacher = ([x[0].requires_grad_() for x in predictions(*of)] for of in ((3, 0), (4, 1)))
+    got = pair_distances(student, teacher, softmax)
+    assert all(distance.shape == (2, 4, 3) for distance in got)
+    for image in range(2):
+        for i in range(4):
+            for j in range(3):
+                s, t = [x[image, j] for x in student], [x[image, i] for x in teacher]
+                single = class_divergence(s[0], t[0], softmax), *box_distances(s[1], t[1])
+                for distance, want in zip(got, single, strict=True):
+                    torch.testing.assert_close(distance[image, i, j], want, rtol=1e-10, atol=0)
+                    ours, theirs = (
+                        torch.autograd.grad(x, (*student, *teacher), retain_graph=True, materialize_grads=True)
+                        for x in (distance[image, i, j], want)
+                    )
+                    torch.testing.assert_close(ours, theirs)
 
 
 def test_costs_take_no_tensor_larger_than_themselves():

@@ -18,7 +18,8 @@ from matplotlib.transforms import Bbox
 
 from .records import curve, mean_ap, ranked, teachers
 
-SHARE = "distillation_gradient_share"  # of the training log, beside the methods' own statistics
+# Of the training log, beside the methods' own statistics.
+GRADIENTS = ("distillation_gradient_share", "distillation_gradient_cosine")
 MOST_METHODS, BEST, MOST_PANELS = 8, 6, 6
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255")  # of Okabe and Ito, and of Tol
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))  # another each time the palette is used up,
@@ -129,9 +130,9 @@ def draw_inside(scene: Scene) -> Figure | None:
     logged = {name: _logged(scene.methods[name]) for name in scene.lines}
     keys = sorted({key for own in logged.values() for key in own})
     statistics = sorted(
-        (key for key in keys if key != SHARE), key=lambda key: -sum(key in own for own in logged.values())
+        (key for key in keys if key not in GRADIENTS), key=lambda key: -sum(key in own for own in logged.values())
     )
-    shown = [*statistics[:MOST_PANELS], *([SHARE] if SHARE in keys else [])]
+    shown = [*statistics[:MOST_PANELS], *(key for key in GRADIENTS if key in keys)]
     if not shown:
         return None
     rows = math.ceil(len(shown) / 4)
@@ -164,7 +165,7 @@ def _logged(runs: Sequence[dict]) -> dict[str, dict[int, float]]:
     for run in runs:
         for point in run["curves"]["train"]:
             for key, value in point.items():
-                if key == SHARE or ("/" in key and not key.startswith("loss/")):
+                if key in GRADIENTS or ("/" in key and not key.startswith("loss/")):
                     values.setdefault(key, {}).setdefault(point["step"], []).append(value)
     means = {
         key: {step: fmean(found) for step, found in sorted(own.items()) if len(found) == len(runs)}
