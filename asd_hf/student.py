@@ -56,7 +56,7 @@ class StudentConfig:
         None, "Hub id or folder of a student to train on; excludes the options of a new one"
     )
     base: str = _option(
-        "teacher", "Architecture: 'teacher', Hub id or folder with a config, or a type (deformable_detr)"
+        "teacher", "Architecture: 'teacher', Hub id or folder with a config, 'shapes', or a type (deformable_detr)"
     )
     backbone: str | None = _option(
         None, "Other backbone: a timm name (resnet18), or Hub id or folder of a Transformers one"
@@ -342,22 +342,22 @@ def _load_config(name: str, key: str) -> PreTrainedConfig:
 def _architecture(
     config: StudentConfig, teacher: DetectorAdapter | None, class_names: tuple[str, ...]
 ) -> PreTrainedConfig:
-    if config.base == "teacher":
+    name = str(PACKAGED.get(config.base, config.base))
+    if name == "teacher":
         if teacher is None:
             raise UserError(
                 "model.student.base is 'teacher', but there is no pretrained teacher (model.teacher is null or "
                 f"'ema'): name one of {', '.join(ADAPTERS)}, a Hub id or a folder"
             )
         base = teacher.model.config
-    elif config.base in ADAPTERS:
-        base = CONFIG_MAPPING[config.base](**adapter_class(config.base).default_values)
-    elif "/" not in config.base and not Path(config.base).is_dir():
+    elif name in ADAPTERS:
+        base = CONFIG_MAPPING[name](**adapter_class(name).default_values)
+    elif "/" not in name and not Path(name).is_dir():
         raise UserError(
-            f"model.student.base: {config.base!r} is no detector type, folder or Hub id: "
-            f"{nearest(config.base, ADAPTERS)}"
+            f"model.student.base: {name!r} is no detector type, folder or Hub id: {nearest(name, ADAPTERS)}"
         )
     else:
-        base = _load_config(config.base, "model.student.base")
+        base = _load_config(name, "model.student.base")
     sizes = {name: getattr(config, name) for name in ("encoder_layers", "decoder_layers", "num_queries", "d_model")}
     family = adapter_class(base.model_type)
     if family.open_vocabulary:

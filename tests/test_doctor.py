@@ -193,6 +193,7 @@ def test_the_command_measures_teacher_steps_and_gradients(places, tmp_path, caps
     make_shapes(tmp_path / "shapes", num_train=40, num_val=20, image_size=64, seed=3)
     values = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
     values["data"]["source"] = str(tmp_path / "shapes")
+    values["method"] = {"name": "asd"}
     values["training"] |= {"output_dir": str(tmp_path / "never"), "use_cpu": True, "dataloader_num_workers": 0}
     values["training"] |= {"per_device_train_batch_size": 4}
     file = tmp_path / "run.yaml"

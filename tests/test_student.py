@@ -150,6 +150,13 @@ def test_new_student_of_a_named_architecture_needs_no_teacher():
         build_student(StudentConfig(base="deformable_detr", copy_weights=True), None, ("a",), SIZE)
 
 
+def test_the_packaged_teacher_is_an_architecture_too():
+    """The student of a run without the teacher, built as if it were there."""
+    alone = build_student(StudentConfig(base="shapes", decoder_layers=2), None, ("a", "b"), SIZE)
+    taught = build_student(StudentConfig(decoder_layers=2), load_teacher("shapes"), ("a", "b"), SIZE)
+    assert alone.model.config.to_dict() == taught.model.config.to_dict() and alone.spec == taught.spec
+
+
 def test_a_class_keeps_the_weights_that_it_has_under_its_other_name(tmp_path):
     """`model.class_map` says what the teacher calls a class; a checkpoint of the same data calls it so too."""
     name = save(tiny.deformable_detr(), tmp_path)

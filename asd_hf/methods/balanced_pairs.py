@@ -64,6 +64,12 @@ class BalancedPairsConfig(MethodConfig):
         super().__post_init__()
         self.require_positive("temperature", "hidden_dim", "key_dim")
 
+    def term_weight(self, term: str) -> float | None:
+        group, _, distance = term.rpartition("_")
+        if distance in ("class", "box", "giou"):
+            return (self.asked_weight if group == "asked" else self.pair_weight) * super().term_weight(distance)
+        return super().term_weight(term)
+
 
 class BalancedPairs(DistillationMethod):
     """Every prediction of the teacher teaches all of the student's, by weights; and both answer the same questions.
