@@ -309,7 +309,12 @@ def test_statistics_of_methods_are_drawn_and_losses_are_not():
     runs = study({"none": 0.3}) + study({"asd": 0.35, "asd_t1": 0.3}, logged=["asd/w_ii", share])
     runs += study({"ld": 0.3}, logged=["ld/region", share, cosine])
     panels = {axes.get_title(): axes for axes in draw_inside(make_scene("easy", runs, "none")).axes}
-    assert {title: len(axes.lines) for title, axes in panels.items()} == {"asd/w_ii": 2, "ld/region": 1, share: 3, cosine: 1}
+    assert {title: len(axes.lines) for title, axes in panels.items()} == {
+        "asd/w_ii": 2,
+        "ld/region": 1,
+        share: 3,
+        cosine: 1,
+    }
     assert panels["ld/region"].lines[0].get_ydata()[-1] == pytest.approx(400 / 99)
     assert draw_inside(make_scene("easy", study({"none": 0.3}), "none")) is None
     many = study({"none": 0.3}) + study({"asd": 0.3}, logged=[share, *(f"asd/{n}" for n in range(9))])

@@ -20,7 +20,7 @@ import torch
 import yaml
 from filelock import FileLock
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import __version__
 from ..build import Parts
@@ -63,7 +63,7 @@ def train_and_record(plan: Plan, folder: Path) -> dict:
     trainer = parts.trainer()
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Clock())
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    trainer.train(resume_from_checkpoint=_newest_checkpoint(folder))
     trainer.watch_attention(False)
     trainer.save_model(_internal_call=True)
     return {
@@ -80,6 +80,12 @@ def train_and_record(plan: Plan, folder: Path) -> dict:
         "versions": {"asd_hf": __version__, "python": platform.python_version()}
         | {name: version(name) for name in _PACKAGES},
     }
+
+
+def _newest_checkpoint(folder: Path) -> str | None:
+    """The last one that is whole: Trainer writes its own state last."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
 def sha256(model: PreTrainedModel) -> str:

@@ -85,7 +85,8 @@ class Schedule:
             threads = [threading.Thread(target=self._place, args=(i,), daemon=True) for i in range(self.jobs)]
             for thread in threads:
                 thread.start()
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C: end the runs first
+            # As Ctrl-C: the runs are ended first.
+            before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
             try:
                 for thread in threads:
                     while thread.is_alive():
@@ -93,6 +94,8 @@ class Schedule:
             except BaseException:
                 self._stop()
                 raise
+            finally:
+                signal.signal(signal.SIGTERM, before)
         if self.failures:
             raise UserError(f"{len(self.failures)} of {self.count} runs failed: {'; '.join(self.failures)}")
 
