@@ -10,6 +10,7 @@ from torch import Tensor
 from ..criterion import DetectionCriterion
 from ..detectors.base import DetectorOutput, DetectorSpec, sum_over_ranks
 from ..distances import box_distances, class_divergence, pair_distances
+from ..errors import UserError
 from ..ops import full
 from ..questions import Translator, ask, point_scores
 from ..sampling import Sampler
@@ -63,6 +64,13 @@ class BalancedPairsConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("temperature", "hidden_dim", "key_dim")
+        for name in ("trust", "balance_iterations"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"method.{name} must be 0 or above, not {getattr(self, name)}")
+        if not any((self.class_weight, self.box_weight, self.giou_weight)):
+            raise UserError("method.class_weight, box_weight and giou_weight are all 0: give one a value")
+        if not (self.pair_weight or self.asked_weight):
+            raise UserError("method.pair_weight and method.asked_weight are both 0: give one a value")
 
     def term_weight(self, term: str) -> float | None:
         group, _, distance = term.rpartition("_")
@@ -79,10 +87,11 @@ class BalancedPairs(DistillationMethod):
     layer that is as far from its end:
 
     Soft pairs. `asd` compares averages of predictions, which a blurred student satisfies too. Here the distance of
-    single predictions is averaged: sum_ij w_ij d(t_i, s_j), d = divergence of the classes + 5 L1 + 2 (1 - GIoU). The
-    weights w carry no gradient. A softmax of -d over the student's predictions, balanced so that each of those gets
-    the same total, makes them: near 1 where two predictions name one object, and what finds no object is taught to be
-    background. `score: sampler` takes the attention of active sampling in its place.
+    single predictions is averaged: sum_ij w_ij d(t_i, s_j) / T, d = divergence of the classes + 5 L1 + 2 (1 - GIoU),
+    T the number of the teacher's. The weights w carry no gradient; those of a teacher's prediction sum to 1. A softmax
+    of -d over the student's predictions, balanced so that each of those gets the same total, makes them: near 1 where
+    two predictions name one object, and what finds no object is taught to be background. `score: sampler` takes the
+    attention of active sampling in its place.
 
     Answers. Which of the student's predictions a teacher's query stands for is known when the query itself is put to
     the student's decoder, on the image that it has encoded: its answer imitates the teacher's own. Queries count as
@@ -192,9 +201,11 @@ class BalancedPairs(DistillationMethod):
             now.append(sum(self.criterion(last, labels).values()))
         total, num_ranks = sum_over_ranks(torch.stack(now).to(self.running_losses))
         now = total / num_ranks
-        self.batches += now[0] > 0  # without labelled images there is nothing to compare
-        step = torch.where(now[0] > 0, (1 / self.batches.clamp(min=1)).clamp(min=1 - TRUST_DECAY), 0)
-        self.running_losses.lerp_(now, step)
+        # Without labelled images there is nothing to compare, and what is not finite would stay for ever.
+        counts = (now[0] > 0) & now.isfinite().all()
+        self.batches += counts
+        step = (1 / self.batches.clamp(min=1)).clamp(min=1 - TRUST_DECAY)
+        self.running_losses.lerp_(torch.where(counts, now, self.running_losses), step)
         ours, theirs = self.running_losses
         trust = (self.config.trust * (1 - theirs / ours.clamp(min=1e-6))).clamp(0, 1)
         self.statistics["balanced_pairs/trust"] = trust
