@@ -77,8 +77,7 @@ def _how_to_read(baseline: str, records: str) -> str:
 
 - **{DIFFERENCE}**: a method's AP minus that of `{baseline}` with the same seed, trained from the same student: the
   mean over these seeds, and in brackets its {level} interval. It allows for other seeds and for other evaluation
-  images; with one seed there is none, and with two or three it is somewhat too narrow (it may miss the true difference
-  in up to 13 % or 8 % of all cases).
+  images; with one seed there is none.
 - **{IMAGES_ALONE}**: the paired bootstrap interval over images. It allows for other evaluation images with these very
   students, and says nothing about other seeds.
 - **{VERDICT}**: `{BETTER}`, the interval of the difference lies above 0; `{WORSE}`, below 0; `{NOT_BETTER}`, below
