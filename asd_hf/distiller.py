@@ -96,9 +96,11 @@ class Distiller(nn.Module):
             terms = imitation | terms if measure_gradients == "terms" else terms
             beyond = self.criterion is None or self.method.requires
             place = self._parameters_outside_the_backbone() if beyond else [student.logits, student.boxes]
-            gradients = {name: _gradient(loss, place) for name, loss in terms.items()}
-            norms = {name: gradient.norm() for name, gradient in gradients.items()}
-            cosine = torch.cosine_similarity(gradients["detection"], gradients["distillation"], dim=0)
+            pull, push = (_gradients(terms.pop(name), place) for name in ("detection", "distillation"))
+            norms = {"detection": _norm(pull), "distillation": _norm(push)}
+            dot = sum((a * b).sum() for a, b in zip(pull, push, strict=True))
+            cosine = dot / (norms["detection"] * norms["distillation"]).clamp(min=1e-12)
+            norms |= {name: _norm(_gradients(loss, place)) for name, loss in terms.items()}
         losses = task | imitation
         return DistillerOutput(sum(losses.values()), losses, norms, cosine)
 
@@ -107,9 +109,13 @@ class Distiller(nn.Module):
         return [p for p in self.student.parameters() if p.requires_grad and id(p) not in backbone]
 
 
-def _gradient(loss: Tensor, place: list[Tensor]) -> Tensor:
-    """Of `loss` at all tensors of `place`, as one vector."""
+def _gradients(loss: Tensor, place: list[Tensor]) -> list[Tensor]:
+    """Of `loss` at all tensors of `place`."""
     if not loss.requires_grad:
-        return loss.new_zeros(sum(x.numel() for x in place))
+        return [x.new_zeros(()) for x in place]
     gradients = torch.autograd.grad(loss, place, retain_graph=True, allow_unused=True, materialize_grads=True)
-    return torch.cat([gradient.float().flatten() for gradient in gradients])
+    return [gradient.float() for gradient in gradients]
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    return torch.stack([gradient.norm() for gradient in gradients]).norm()

@@ -151,9 +151,7 @@ def build_student(
             )
         names = teacher.spec.class_names if config.copy_weights else tuple(class_names)
         architecture = _architecture(config, teacher, names)
-        processor = _new_processor(
-            config, architecture.model_type, None if teacher is None else teacher.processor, size
-        )
+        processor = _new_processor(config, architecture.model_type, _known_processor(config, teacher), size)
         student = get_adapter(_new_model(architecture), processor)
         student.reset_transformer()
         student.reset_heads()
@@ -440,8 +438,24 @@ def _new_model(architecture: PreTrainedConfig) -> nn.Module:
         raise UserError(f"model.student cannot be built: {reason}") from error
 
 
+def _known_processor(config: StudentConfig, teacher: DetectorAdapter | None):
+    """Of the architecture, by which the student sees pixels alike with and without its teacher; None if there is none.
+
+    So the teacher's only where the student is built after it.
+    """
+    if config.base == "teacher" or config.copy_weights:
+        return teacher.processor
+    name = str(PACKAGED.get(config.base, config.base))
+    if name in ADAPTERS:
+        return None
+    try:
+        return AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError):  # a folder with nothing but a configuration
+        return None
+
+
 def _new_processor(config: StudentConfig, model_type: str, known, size: dict[str, int]):
-    """With the pixel statistics that the first weights know: a pretrained backbone's, or of `known`, the teacher's."""
+    """With the pixel statistics that the first weights know: a pretrained backbone's, or those of `known`."""
     options: dict[str, Any] = {"size": dict(size)}
     if config.pretrained_backbone and timm.is_model(config.backbone):
         weights = timm.get_pretrained_cfg(config.backbone)
@@ -451,7 +465,9 @@ def _new_processor(config: StudentConfig, model_type: str, known, size: dict[str
         try:
             known = AutoImageProcessor.from_pretrained(config.backbone)
         except (OSError, ValueError) as error:
-            other = f"a new {model_type}" if known is None else "the teacher"
+            other = (
+                f"a new {model_type}" if known is None else {"teacher": "the teacher"}.get(config.base, config.base)
+            )
             logger.warning("no image processor with %s: normalised as %s (%s)", config.backbone, other, _line(error))
     if known is not None:
         for name in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"):

@@ -16,6 +16,7 @@ import yaml
 from asd_hf.commands import run
 from asd_hf.compare.plan import choose_variants, make_plans, read_variants
 from asd_hf.compare.records import load_runs
+from asd_hf.compare.run import write_plan
 from asd_hf.compare.schedule import open_plans
 from asd_hf.errors import UserError
 from asd_hf.evaluation import STATS
@@ -47,13 +48,16 @@ def test_a_variant_replaces_the_method_as_a_whole_and_other_keys_one_by_one(base
 
 
 def test_without_a_method_there_is_no_teacher_and_the_student_is_built_alike(base):
-    plans = plans_of(base, {"none": {"method": "none"}, "own": {"method": "od_detr"}, "asd": {}})
+    variants = {"none": {"method": "none"}, "own": {"method": "od_detr"}, "asd": {}}
+    with pytest.raises(UserError, match="own keep a moving average .* set training.ema_decay=0.998 for all"):
+        plans_of(base, variants)
+    plans = plans_of(base, variants, overrides=["training.ema_decay=0.9"])
     teacher = plans["asd"].sections["model"]["teacher"]
     assert plans["asd"].sections["model"]["student"].get("base", "teacher") == "teacher"
     for name, taught_by in (("none", None), ("own", "ema")):
         model = plans[name].sections["model"]
         assert model["teacher"] == taught_by and model["student"]["base"] == teacher
-    assert plans["own"].sections["training"]["ema_decay"] > 0
+    assert plans["own"].sections["training"]["ema_decay"] == 0.9
 
 
 def test_all_variants_of_the_first_seed_come_first(base):
@@ -122,28 +126,64 @@ def test_a_killed_comparison_goes_on_to_the_same_record(base, compared, tmp_path
     assert ((output / "tiny" / "asd_0.json").stat().st_mtime_ns, (folder / "log.txt").read_text()) == before
 
 
-def test_a_record_of_another_configuration_is_not_taken_for_ones_own(base, compared):
+def test_a_record_of_another_configuration_is_not_taken_for_ones_own(base, compared, tmp_path):
+    work = tmp_path / "work"
     variants = {"asd": {"method": {"name": "asd"}}}
-    assert open_plans(make_plans(base, variants, [0, 1]), compared) == make_plans(base, variants, [1])
+    assert open_plans(make_plans(base, variants, [0, 1]), compared, work) == make_plans(base, variants, [1])
     hotter = {"asd": {"method": {"name": "asd", "temperature": 8.0}}}
     with pytest.raises(UserError, match=r"asd_0.json was made with method.temperature 4.0, not 8.0: take another"):
-        open_plans(make_plans(base, hotter, [0]), compared)
+        open_plans(make_plans(base, hotter, [0]), compared, work)
     with pytest.raises(UserError, match=r"was made with training.max_steps 12, not 13"):
-        open_plans(make_plans(base, variants, [0], ["training.max_steps=13"]), compared)
-    with pytest.raises(UserError, match=r"was made with --minutes None, not 1"):
-        open_plans(make_plans(base, variants, [0], minutes=1.0), compared)
+        open_plans(make_plans(base, variants, [1], ["training.max_steps=13"]), compared, work)  # another seed
+    with pytest.raises(UserError, match=r"was made with compare.minutes None, not 1"):
+        open_plans(make_plans(base, variants, [0], minutes=1.0), compared, work)
+    [begun] = make_plans(base, variants, [2])
+    write_plan(begun, begun.folder(work))
+    assert open_plans([begun], compared, work) == [begun]
+    with pytest.raises(
+        UserError, match=r"asd_2 was trained with method.temperature 4.0, not 8.0: take another --work"
+    ):
+        open_plans(make_plans(base, hotter, [2]), tmp_path / "none yet", work)
 
 
 def test_minutes_become_steps_and_a_failed_run_leaves_the_others(base, tmp_path, capsys):
     variants = tmp_path / "variants.yaml"
-    variants.write_text("none: {method: none}\nbroken: {data: {eval_split: nowhere}}\n")
+    variants.write_text("none: {method: none}\nwild: {training: {learning_rate: 1.0e+30}}\nnowhere: {}\n")
     output = tmp_path / "records"
+    (tmp_path / "records_runs/tiny").mkdir(parents=True)
+    (tmp_path / "records_runs/tiny/nowhere_5").write_text("where its folder should be")
     arguments = ["--config", str(base), "--variants", str(variants), "--seeds", "5", "--output", str(output)]
     assert run("compare", [*arguments, "--minutes", "0.02", "training.eval_strategy=no"]) == 2
-    assert "1 of 2 runs failed: tiny/broken_5: " in (error := capsys.readouterr().err) and "nowhere" in error
+    shown = capsys.readouterr()
+    assert "2 of 3 runs failed: " in shown.err and "tiny/nowhere_5: " in shown.err and "| none " in shown.out
+    assert "predictions are not finite numbers: the model diverged" in shown.err
     record = json.loads((output / "tiny" / "none_5.json").read_text())
-    assert record["minutes"] == 0.02 and record["steps"] > 1 and record["curves"]["eval"] == []
+    assert (
+        record["minutes"] == 0.02
+        and record["steps"] > 1
+        and [p["step"] for p in record["curves"]["eval"]] == [record["steps"]]
+    )
     assert json.loads((tmp_path / "records_runs/tiny/none_5/steps.json").read_text())["max_steps"] == record["steps"]
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is(base, tmp_path, capsys, monkeypatch):
+    variants, output = tmp_path / "variants.yaml", tmp_path / "records"
+    variants.write_text("none: {method: none}\nbroken: {data: {eval_split: nowhere}}\n")
+    arguments = ["--config", str(base), "--variants", str(variants), "--output", str(output)]
+
+    def refused(*more):
+        assert run("compare", [*arguments, *more]) == 2 and not output.exists()
+        return capsys.readouterr().err
+
+    assert "variant 'broken': data: " in (error := refused()) and "nowhere" in error
+    assert "--baseline: 'nnoe' is not compared: did you mean 'none'?" in refused("--baseline", "nnoe")
+    assert "lies in --output" in refused("--work", str(output / "work"))
+    every = ["--methods", "none", "method.temperature=8"]
+    assert "'method.temperature=8': every variant has a method of its own" in refused(*every)
+    variants.write_text("method: asd\n")
+    assert "must hold named variants, each with its sections: 'method' is a section" in refused()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "compare starts its runs by itself" in refused()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..config import NO_METHOD, build_config, build_methods, override, read_sections
+from ..config import NO_METHOD, SECTIONS, build_config, build_methods, override, read_sections
 from ..errors import UserError
 from ..hub import public_config
 from ..methods import METHODS, get_method
@@ -19,6 +19,10 @@ from ..registry import nearest
 from ..student import SELF_TAUGHT
 
 EMA_DECAY = 0.998  # of a student that teaches itself, where the configuration names none
+_NOT_OF_A_COMPARISON = (
+    *("output_dir", "resume_from_checkpoint", "push_to_hub", "load_best_model_at_end", "early_stopping_patience"),
+    *("save_only_model", "report_to"),
+)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
@@ -51,6 +55,12 @@ class Plan:
         """Where it trains."""
         return work / self.setting / self.name
 
+    def described(self) -> dict:
+        """What all seeds of the variant have in common, without local paths."""
+        config = self.config()
+        config["training"].pop("seed")
+        return config | {"compare": {"minutes": self.minutes}}
+
     def config(self) -> dict:
         """The resolved configuration without local paths, to be stored with the numbers."""
         return yaml.safe_load(public_config(build_config(self.sections, self.name).to_yaml()))
@@ -62,8 +72,10 @@ def read_variants(file: Path) -> dict[str, dict]:
     Raises:
         UserError: the file is missing, is no such mapping, or a name cannot be a file's.
     """
-    variants = read_sections(file, what="name variants, each with its sections")
+    variants = read_sections(file, what="named variants, each with its sections")
     for name, sections in variants.items():
+        if name in SECTIONS:
+            raise UserError(f"{file} must hold named variants, each with its sections: {name!r} is a section")
         _check_name(str(name), str(file))
         if not all(isinstance(v, dict) or key == "method" for key, v in sections.items()):
             raise UserError(f"{file}: variant {name!r} must hold sections, each with its keys")
@@ -97,7 +109,7 @@ def make_plans(
 
     Args:
         config: the base, a file as `asd-hf train` takes it.
-        overrides: `section.key=value` for all variants; a variant's own values come after them.
+        overrides: `section.key=value` of the base configuration; a variant's own values come after them.
 
     Raises:
         UserError: a configuration cannot be; the message names its variant.
@@ -106,6 +118,8 @@ def make_plans(
     _check_name(setting, "--setting")
     base = read_sections(config)
     for item in overrides:
+        if item.startswith("method") and all("method" in own for own in variants.values()):
+            raise UserError(f"{item!r}: every variant has a method of its own: name a variant with this option")
         override(base, item)
     plans = []
     for seed in seeds:
@@ -113,13 +127,21 @@ def make_plans(
             sections = _merge(base, own)
             training = sections.setdefault("training", {})
             training["seed"] = seed
-            # A run begins anew or goes on by what lies in its folder; it is pushed nowhere and ends as it is.
-            for key in ("output_dir", "resume_from_checkpoint", "push_to_hub", "load_best_model_at_end"):
+            # A run begins anew or goes on by what lies in its folder; it is pushed nowhere, trains its whole budget
+            # and is judged as it ends.
+            for key in _NOT_OF_A_COMPARISON:
                 training.pop(key, None)
             where = f"{config} under variant {variant!r}"
             _set_teacher(sections, where)
             build_config(sections, where)
             plans.append(Plan(setting, variant, seed, minutes, sections))
+    averaged = {plan.variant: bool(plan.sections["training"].get("ema_decay")) for plan in plans}
+    if len(set(averaged.values())) > 1:
+        names = ", ".join(name for name, kept in averaged.items() if kept)
+        raise UserError(
+            f"{names} keep a moving average of the student, which is then what is judged, and the others do not: set "
+            f"training.ema_decay={EMA_DECAY} for all"
+        )
     return plans
 
 
@@ -150,7 +172,7 @@ def _set_teacher(sections: dict, where: str) -> None:
         model["teacher"] = SELF_TAUGHT
         model.pop("class_map", None)
         sections["training"].setdefault("ema_decay", EMA_DECAY)
-    if model["teacher"] != teacher and isinstance(student, dict):
+    if model.get("teacher") != teacher and isinstance(student, dict):
         if student.get("copy_weights"):
             raise UserError(
                 f"{where}: model.student.copy_weights needs the teacher, which this variant has not: make the student "

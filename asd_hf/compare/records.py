@@ -36,6 +36,11 @@ RECORD = {  # as far as it is read here: types, objects by their keys, lists by 
 _KINDS = {str: "text", int: "an integer", float: "a finite number", dict: "an object", list: "a list"}
 
 
+def holds_records(folder: Path) -> bool:
+    """Whether there is anything for `load_runs`."""
+    return any(folder.rglob("*.json"))
+
+
 def load_runs(folder: Path) -> dict[str, list[dict]]:
     """All records below `folder`, which are all its `*.json`, by setting.
 
@@ -98,7 +103,7 @@ def teachers(runs: Sequence[dict]) -> dict[str, float]:
     taught: dict[float, dict[str, None]] = {}
     for run in runs:
         if run["teacher"] is not None:
-            taught.setdefault(run["teacher"]["AP"], {})[run["method"]] = None
+            taught.setdefault(round(run["teacher"]["AP"], 4), {})[run["method"]] = None
     if len(taught) == 1:
         return {"teacher": next(iter(taught))}
     return {f"teacher of {', '.join(methods)}": ap for ap, methods in taught.items()}

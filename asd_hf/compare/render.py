@@ -35,7 +35,7 @@ def render(folder: Path, out: Path | None = None, baseline: str = NO_METHOD) -> 
         the tables, for the terminal.
 
     Raises:
-        UserError: the records cannot be read or compared, see `load_runs` and `table`.
+        UserError: the records cannot be read, see `load_runs`.
     """
     out = folder if out is None else out
     tables = {}
@@ -84,7 +84,7 @@ def _how_to_read(baseline: str, records: str) -> str:
   {points}; else `{UNDECIDED}`, followed by what would decide, in all, if the mean and the spreads stayed as they are:
   seeds; or evaluation images, if {MOST_SEEDS} seeds are too few; or both. Nothing follows if {MOST_SEEDS} seeds on
   {growth} the images are too few. Each verdict stands for itself: of twenty methods that change nothing, one is
-  called better or worse by chance, on average.
+  called better or worse by chance, on average; and seeds that are added until a verdict comes make it too easy.
 - **{AFTER}**: the share of the baseline's training time after which a method's mean curve reaches the baseline's end.
 - **s/run**, **ms/step**: of training alone, without evaluations. **memory**: the peak.
 

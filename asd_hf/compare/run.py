@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import sys
 from dataclasses import asdict
 from importlib.metadata import version
@@ -40,8 +41,13 @@ _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "faster-coco-eva
 
 
 def write_plan(plan: Plan, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / PLAN).write_text(yaml.safe_dump(asdict(plan), sort_keys=False), encoding="utf-8")
+    write_whole(folder / PLAN, yaml.safe_dump(asdict(plan), sort_keys=False))
+
+
+def read_plan(folder: Path) -> Plan | None:
+    """Of the run that trained in `folder`, if one did."""
+    file = folder / PLAN
+    return Plan(**yaml.safe_load(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 def train_and_record(plan: Plan, folder: Path) -> dict:
@@ -53,29 +59,30 @@ def train_and_record(plan: Plan, folder: Path) -> dict:
     run = build_config(plan.sections, plan.name)
     args = run.training
     args.output_dir, args.report_to, args.disable_tqdm = str(folder), [], True
+    if plan.minutes is not None:
+        args.max_steps = _steps_in_budget(plan, folder)
     parts = Parts(run)
     student = _fresh_student(parts, args.seed)
     digest = sha256(student)
-    if plan.minutes is not None:
-        args.max_steps = _steps_in_budget(plan, folder)
-        parts = Parts(run)  # the measurement has trained these
-        _fresh_student(parts, args.seed)
     trainer = parts.trainer()
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Clock())
+    clock = Clock()
+    trainer.add_callback(clock)
     trainer.train(resume_from_checkpoint=_newest_checkpoint(folder))
+    costs = _costs(trainer, clock)
     trainer.watch_attention(False)
     trainer.save_model(_internal_call=True)
+    numbers = _numbers(trainer, parts)
     return {
         "setting": plan.setting,
         "method": plan.variant,
         "seed": plan.seed,
         "minutes": plan.minutes,
-        **_numbers(trainer, parts),
+        **numbers,
         "student_sha256": digest,
         "parameters": sum(p.numel() for p in student.parameters()),
-        **_costs(trainer),
-        "curves": _curves(trainer.state.log_history),
+        **costs,
+        "curves": _curves(trainer.state.log_history, costs, numbers["metrics"]),
         "config": plan.config(),
         "versions": {"asd_hf": __version__, "python": platform.python_version()}
         | {name: version(name) for name in _PACKAGES},
@@ -110,6 +117,8 @@ class Clock(TrainerCallback):
     They are counted on over interruptions: from the last entry before the checkpoint.
     """
 
+    seconds = 0.0  # of a run that is complete already, for which nothing begins
+
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         before = [entry["seconds"] for entry in state.log_history if entry["step"] <= state.global_step]
         self.seconds, self.mark = max(before, default=0.0), perf_counter()
@@ -117,8 +126,11 @@ class Clock(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self._count()
 
-    def on_log(self, args, state, control, **kwargs) -> None:
-        self._count()  # on a GPU the steps so far end here, where their losses are read
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if any(key.startswith("eval_") for key in logs):
+            self.mark = perf_counter()
+        else:
+            self._count()  # on a GPU the steps so far end here, where their losses are read
         state.log_history[-1]["seconds"] = round(self.seconds, 3)
         print(STEP_LINE, state.global_step, state.max_steps, flush=True)  # noqa: T201
 
@@ -190,9 +202,10 @@ def _numbers(trainer: DistillationTrainer, parts: Parts) -> dict:
     }
 
 
-def _costs(trainer: DistillationTrainer) -> dict:
+def _costs(trainer: DistillationTrainer, clock: Clock) -> dict:
+    """Of training; of a run that was complete when it began, the memory is that of loading it."""
     state, device = trainer.state, trainer.args.device
-    seconds = max(entry["seconds"] for entry in state.log_history)
+    seconds = max((entry["seconds"] for entry in state.log_history), default=clock.seconds)
     if device.type == "cuda":
         peak, name = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
     else:
@@ -207,16 +220,17 @@ def _costs(trainer: DistillationTrainer) -> dict:
     }
 
 
-def _curves(history: list[dict]) -> dict[str, list[dict]]:
-    """What was logged, in two lists: while training, and at evaluations."""
+def _curves(history: list[dict], costs: dict, metrics: dict) -> dict[str, list[dict]]:
+    """What was logged, in two lists: while training, and at evaluations, the last of them at the end of training."""
     train = [entry for entry in history if "loss" in entry]
     prefix = "eval_ema_" if any("eval_ema_AP" in entry for entry in history) else "eval_"
     names = {f"{prefix}{stat}": stat for stat in STATS}
     evaluations = [
         {"step": entry["step"], "seconds": entry["seconds"]} | {names[k]: v for k, v in entry.items() if k in names}
         for entry in history
-        if f"{prefix}AP" in entry
+        if f"{prefix}AP" in entry and entry["step"] < costs["steps"]
     ]
+    evaluations.append({"step": costs["steps"], "seconds": costs["seconds"]} | metrics)
     return {"train": [_short(entry) for entry in train], "eval": [_short(entry) for entry in evaluations]}
 
 
@@ -234,14 +248,19 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def main(folder: Path, record: Path) -> int:
-    plan = Plan(**yaml.safe_load((folder / PLAN).read_text(encoding="utf-8")))
-    try:
-        with FileLock(folder / "lock"):  # an earlier comparison was killed and its run may not know it yet
+    # An earlier comparison that was killed may not know it yet, and another one may want the same run.
+    with FileLock(folder / "lock"):
+        if record.is_file():
+            return 0
+        plan = read_plan(folder)
+        try:
             write_whole(record, json.dumps(train_and_record(plan, folder), indent=1) + "\n")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
-    return 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+            return 2
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        return 0
 
 
 if __name__ == "__main__":

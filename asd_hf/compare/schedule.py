@@ -18,42 +18,58 @@ from tqdm.auto import tqdm
 
 from ..errors import UserError
 from .plan import Plan
-from .run import STEP_LINE, write_plan
+from .run import STEP_LINE, read_plan, write_plan
 
 LOG = "log.txt"
 
 
-def open_plans(plans: Sequence[Plan], output: Path) -> list[Plan]:
+def open_plans(plans: Sequence[Plan], output: Path, work: Path) -> list[Plan]:
     """The plans without a record.
 
     Raises:
-        UserError: a record is of another configuration than its plan.
+        UserError: a record of a plan, or of its variant with another seed, or what lies in the plan's folder, is of
+            another configuration.
     """
     missing = []
     for plan in plans:
-        file = plan.record(output)
-        if not file.is_file():
-            missing.append(plan)
+        for file in sorted(plan.record(output).parent.glob(f"{plan.variant}_*.json")):
+            record = json.loads(file.read_text(encoding="utf-8"))
+            if record["method"] == plan.variant and (differs := _difference(_described(record), plan.described())):
+                raise UserError(f"{file} was made with {differs}: take another --output, or move the record away")
+        if plan.record(output).is_file():
             continue
-        record = json.loads(file.read_text(encoding="utf-8"))
-        ours, theirs = plan.config() | {"--minutes": plan.minutes}, record["config"] | {"--minutes": record["minutes"]}
-        if differs := _difference(theirs, ours):
-            raise UserError(f"{file} was made with {differs}: take another --output, or move the record away")
+        begun = read_plan(folder := plan.folder(work))
+        if begun is not None and (differs := _difference(begun.described(), plan.described())):
+            raise UserError(f"{folder} was trained with {differs}: take another --work, or remove that folder")
+        missing.append(plan)
     return missing
+
+
+def _described(record: dict) -> dict:
+    """What `Plan.described` says, of the run of a record."""
+    training = {key: value for key, value in record["config"]["training"].items() if key != "seed"}
+    return record["config"] | {"training": training, "compare": {"minutes": record["minutes"]}}
 
 
 def _difference(old: dict, new: dict) -> str | None:
     """The first value that differs, as text; None if none does."""
-    for section in new.keys() | old.keys():
-        ours, theirs = new.get(section), old.get(section)
+    for section in new:
+        ours, theirs = new[section], old.get(section)
         if not (isinstance(ours, dict) and isinstance(theirs, dict)):
             if ours != theirs:
                 return f"{section} {theirs!r}, not {ours!r}"
             continue
         for key in sorted(ours.keys() | theirs.keys()):
-            if ours.get(key) != theirs.get(key):
+            if _last_part(ours.get(key)) != _last_part(theirs.get(key)):
                 return f"{section}.{key} {theirs.get(key)!r}, not {ours.get(key)!r}"
     return None
+
+
+def _last_part(value):
+    """Of what may be a path: records hold no more of those that existed."""
+    if isinstance(value, dict):
+        return {key: _last_part(item) for key, item in value.items()}
+    return value.rpartition("/")[2] if isinstance(value, str) else value
 
 
 class Schedule:
@@ -74,12 +90,8 @@ class Schedule:
         self.stopped = False
         self.count, self.done, self.began = len(plans), 0, monotonic()
 
-    def run(self) -> None:
-        """Returns when all runs have ended.
-
-        Raises:
-            UserError: runs failed; the others have their records.
-        """
+    def run(self) -> list[str]:
+        """Returns when all runs have ended: which of them failed, and why; the others have their records."""
         with tqdm(total=self.count, desc="compare", unit="run", bar_format=_BAR) as self.bar:
             self.shares = [0.0] * self.jobs
             threads = [threading.Thread(target=self._place, args=(i,), daemon=True) for i in range(self.jobs)]
@@ -96,8 +108,7 @@ class Schedule:
                 raise
             finally:
                 signal.signal(signal.SIGTERM, before)
-        if self.failures:
-            raise UserError(f"{len(self.failures)} of {self.count} runs failed: {'; '.join(self.failures)}")
+        return self.failures
 
     def _stop(self) -> None:
         with self.lock:
@@ -112,7 +123,10 @@ class Schedule:
                 if self.stopped or not self.waiting:
                     return
                 plan = self.waiting.popleft()
-            self._run(plan, index)
+            try:
+                self._run(plan, index)
+            except OSError as error:  # a full disk, say: the other runs may still find a place
+                self._fail(plan, str(error))
 
     def _run(self, plan: Plan, index: int) -> None:
         folder, record = plan.folder(self.work), plan.record(self.output)
@@ -120,12 +134,12 @@ class Schedule:
         command = [sys.executable, "-m", "asd_hf.compare.run", str(folder), str(record)]
         began = monotonic()
         with (folder / LOG).open("a", encoding="utf-8") as log:
+            written = log.tell()
             with self.lock:
                 if self.stopped:
                     return
-                process = subprocess.Popen(
-                    command, env=self._environment(index), stdout=subprocess.PIPE, stderr=log, text=True
-                )
+                streams = {"stdout": subprocess.PIPE, "stderr": log, "text": True, "errors": "replace"}
+                process = subprocess.Popen(command, env=self._environment(index), **streams)
                 self.processes.add(process)
             for line in process.stdout:
                 if line.startswith(STEP_LINE):
@@ -142,13 +156,19 @@ class Schedule:
         self._show(index, 0.0)
         minutes = (monotonic() - began) / 60
         if code or not record.is_file():
-            lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
-            reason = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
-            self.failures.append(f"{plan.setting}/{plan.name}: {reason.removeprefix('error: ')} ({folder / LOG})")
-            self.bar.write(f"{plan.setting}/{plan.name} failed: {reason}")
+            with (folder / LOG).open(encoding="utf-8", errors="replace") as log:
+                log.seek(written)
+                lines = [line.strip() for line in log if line.strip()]
+            errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+            reason = errors[-1] if errors else f"exit code {code}: {lines[-1] if lines else 'no message'}"
+            self._fail(plan, f"{reason} ({folder / LOG})")
         else:
             ap = json.loads(record.read_text(encoding="utf-8"))["metrics"]["AP"]
             self.bar.write(f"{plan.setting}/{plan.name}: AP {100 * ap:.1f} ({minutes:.1f} min)")
+
+    def _fail(self, plan: Plan, reason: str) -> None:
+        self.failures.append(f"{plan.setting}/{plan.name}: {reason}")
+        self.bar.write(f"{plan.setting}/{plan.name} failed: {reason}")
 
     def _show(self, index: int, share: float) -> None:
         with self.lock:
@@ -162,7 +182,7 @@ class Schedule:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
             environment["CUDA_VISIBLE_DEVICES"] = visible[index % gpus]
         else:
-            environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // self.jobs))
+            environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // self.jobs))
         return environment
 
 

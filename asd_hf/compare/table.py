@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config import NO_METHOD
 from .records import curve, ranked, teachers
-from .verdict import UNDECIDED, Difference, common_seeds, paired_difference
+from .verdict import UNDECIDED, Difference, NotComparable, common_seeds, paired_difference
 
 DIFFERENCE, IMAGES_ALONE, VERDICT, AFTER = "difference", "over images alone", "verdict", "baseline's AP after"
 SIZES = ("AP50", "APs", "APm", "APl")
@@ -24,10 +24,8 @@ def table(runs: Sequence[dict], baseline: str = NO_METHOD) -> list[list[str]]:
     """The records of one setting as cells under `HEADER`, the teachers first, then the methods as `ranked`.
 
     Numbers are means over the seeds of a method, AP in 0..100 with the sample standard deviation over seeds. The
-    differences are over the seeds in common with the baseline; without a baseline they are "-".
-
-    Raises:
-        UserError: runs cannot be paired, see `paired_difference`.
+    differences are over the seeds in common with the baseline; without a baseline they are "-". Runs that cannot be
+    paired, see `paired_difference`, have the reason as verdict.
     """
     methods = ranked(runs, baseline)
     rows = [HEADER]
@@ -59,7 +57,10 @@ def _against(runs: Sequence[dict], baseline_runs: Sequence[dict]) -> tuple[str, 
     """The cells of `DIFFERENCE`, `IMAGES_ALONE` and `VERDICT`."""
     if not common_seeds(runs, baseline_runs):
         return NOTHING, NOTHING, NOTHING
-    difference = paired_difference(runs, baseline_runs)
+    try:
+        difference = paired_difference(runs, baseline_runs)
+    except NotComparable as error:
+        return NOTHING, NOTHING, f"not comparable: {error}"
     shown = f"{100 * difference.mean:+.1f}"
     if difference.seeds > 1:
         shown += f" {_interval(difference.interval)}"

@@ -23,6 +23,10 @@ MOST_SEEDS = 100
 GROWTHS = np.arange(11, 1001) / 10  # 1.1, 1.2, ... 100 times what there is
 
 
+class NotComparable(UserError):
+    """Two runs that cannot be paired, and why."""
+
+
 class Needed(NamedTuple):
     """What would decide, in all and not in addition. None: what there is now is enough."""
 
@@ -121,8 +125,9 @@ def paired_difference(runs: Sequence[dict], baseline_runs: Sequence[dict]) -> Di
         baseline_runs: records of the baseline in the same setting, one a seed.
 
     Raises:
-        UserError: there is no common seed; or runs that belong together were scored on unequal data or resamples, or
-            trained from unequal students.
+        NotComparable: runs that belong together were scored on unequal data or resamples, or trained from unequal
+            students.
+        UserError: there is no common seed.
     """
     seeds = common_seeds(runs, baseline_runs)
     if not seeds:
@@ -133,7 +138,7 @@ def paired_difference(runs: Sequence[dict], baseline_runs: Sequence[dict]) -> Di
         for other in (run, base):
             _check_same_images(other, pairs[0][1])
         if run["student_sha256"] != base["student_sha256"]:
-            raise UserError(f"{_name(run)} and {_name(base)} did not start from the same student (student_sha256)")
+            raise NotComparable(f"{_name(run)} and {_name(base)} did not start from the same student (student_sha256)")
     differences = np.array([run["metrics"]["AP"] - base["metrics"]["AP"] for run, base in pairs])  # (seeds,)
     resampled = np.mean(
         [np.subtract(run["bootstrap"]["AP"], base["bootstrap"]["AP"]) for run, base in pairs], axis=0
@@ -156,11 +161,11 @@ def _quantile(freedom: float) -> float:
 def _check_same_images(run: dict, first: dict) -> None:
     names = f"{_name(run)} and {_name(first)}"
     if run["data_fingerprint"] != first["data_fingerprint"]:
-        raise UserError(f"{names} were not scored on the same images (data_fingerprint)")
+        raise NotComparable(f"{names} were not scored on the same images (data_fingerprint)")
     if run["bootstrap"]["seed"] != first["bootstrap"]["seed"]:
-        raise UserError(f"{names} have bootstraps of different seeds: the resamples are not the same")
+        raise NotComparable(f"{names} have bootstraps of different seeds: the resamples are not the same")
     if len(run["bootstrap"]["AP"]) != len(first["bootstrap"]["AP"]):
-        raise UserError(f"{names} have bootstraps of different lengths: the resamples are not the same")
+        raise NotComparable(f"{names} have bootstraps of different lengths: the resamples are not the same")
 
 
 def _name(run: dict) -> str:

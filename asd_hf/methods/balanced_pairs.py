@@ -195,10 +195,9 @@ class BalancedPairs(DistillationMethod):
     @torch.no_grad()
     def _trust(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> Tensor:
         """How much the teacher is to be imitated, by the running means of both models' losses on the labels."""
-        now = []
-        for output in (student, teacher):
-            last = replace(take_layers(output, [len(output.logits) - 1]), proposals=None)
-            now.append(sum(self.criterion(last, labels).values()))
+        last = [replace(take_layers(x, [len(x.logits) - 1]), proposals=None) for x in (student, teacher)]
+        pairs = self.criterion.assign(last, labels)  # both at once: one copy to the host
+        now = [sum(self.criterion(x, labels, pair).values()) for x, pair in zip(last, pairs, strict=True)]
         total, num_ranks = sum_over_ranks(torch.stack(now).to(self.running_losses))
         now = total / num_ranks
         # Without labelled images there is nothing to compare, and what is not finite would stay for ever.
