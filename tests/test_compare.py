@@ -89,7 +89,8 @@ def test_a_record_holds_the_run(base, compared):
     runs = {record["method"]: record for record in load_runs(compared)["tiny"]}
     none, asd = runs["none"], runs["asd"]
     assert none["student_sha256"] == asd["student_sha256"] and none["data_fingerprint"] == asd["data_fingerprint"]
-    assert none["teacher"] is None and set(asd["teacher"]) == set(STATS) == set(none["metrics"])
+    assert none["teacher"] is none["teacher_sha256"] is None and len(asd["teacher_sha256"]) == 16
+    assert set(asd["teacher"]) == set(STATS) == set(none["metrics"])
     for record in runs.values():
         assert record["steps"] == 12 and record["num_images"] == 4
         assert len(record["bootstrap"]["AP"]) == 500

@@ -197,6 +197,7 @@ def _numbers(trainer: DistillationTrainer, parts: Parts) -> dict:
         "num_images": evaluator.num_images,
         "data_fingerprint": protocol["fingerprint"],
         "teacher": teacher,
+        "teacher_sha256": None if parts.teacher is None else sha256(parts.teacher.model),
         "judged": "student" if trainer.ema is None else "ema",
         "protocol": protocol,
     }
