@@ -422,7 +422,7 @@ def test_two_ranks_trust_as_one_with_both_batches(tmp_path):
         ),
         (
             {f"{name}_weight": 0.0 for name in TERMS},
-            "method.class_weight, box_weight and giou_weight are all 0: give one a value",
+            "all weights of balanced_pairs are 0: give one a value, or set method.name=none",
         ),
         (
             {"pair_weight": 0.0, "asked_weight": 0.0},

@@ -19,6 +19,8 @@ STAND_INS = {
     "Roboflow/rf-detr-large": "rf_detr",
     "SenseTime/deformable-detr": "deformable_detr",
     "facebook/detr-resnet-101": "detr",
+    "outputs/bench/bccd_teacher": "deformable_detr",
+    "outputs/bench/shapes_hard_teacher": "deformable_detr",
     "outputs/deformable_detr/none_r101": "deformable_detr",
     "outputs/shapes/rt_detr_teacher": "rt_detr",
     "ustc-community/dfine-small-coco": "d_fine",
@@ -35,6 +37,8 @@ def stand_ins(tmp_path_factory):
         processor.save_pretrained(root / name)
     write_coco(root / "coco", "train2017", tiny_rows(64))
     write_coco(root / "coco", "val2017", tiny_rows(4))
+    write_coco(root / "bccd", "train", tiny_rows(64))
+    write_coco(root / "bccd", "val", tiny_rows(4))
     write_images(root / "coco" / "unlabeled2017", tiny_rows(4, first_id=500))
     return root
 
@@ -56,9 +60,9 @@ def test_a_recipe_is_built(path, stand_ins, tmp_path):
         if name in STAND_INS:
             overrides.append(f"{key}={stand_ins / name}")
     for key in ("source", "unlabelled"):
-        if data.get(key, "").startswith("data/coco"):
+        if data.get(key, "").startswith("data/"):
             overrides.append(f"data.{key}={stand_ins / data[key].removeprefix('data/')}")
-    if data["source"] == "shapes":
+    if data["source"].startswith("shapes"):
         overrides.append("data.source=shapes?num_train=64&num_val=4")
     torch.manual_seed(0)
     parts = Parts(load_config(path, overrides))

@@ -68,7 +68,7 @@ class BalancedPairsConfig(MethodConfig):
             if not getattr(self, name) >= 0:
                 raise UserError(f"method.{name} must be 0 or above, not {getattr(self, name)}")
         if not any((self.class_weight, self.box_weight, self.giou_weight)):
-            raise UserError("method.class_weight, box_weight and giou_weight are all 0: give one a value")
+            raise UserError("all weights of balanced_pairs are 0: give one a value, or set method.name=none")
         if not (self.pair_weight or self.asked_weight):
             raise UserError("method.pair_weight and method.asked_weight are both 0: give one a value")
 
