@@ -112,7 +112,8 @@ class DetrAdapter(DetectorAdapter):
             # Layer by layer: products of other shapes may differ in the last bits.
             logits = torch.stack([self.class_head(state) for state in hidden])
             offsets = torch.stack([self.model.bbox_predictor(state) for state in hidden])
-            return logits, self._place(offsets, decoded).sigmoid()
+            # Layer by layer, as the model does: on some CPUs the last bit of a sigmoid hangs on its place in the tensor.
+            return logits, torch.stack([layer.sigmoid() for layer in self._place(offsets, decoded)])
 
     def _place(self, offsets: Tensor, decoded) -> Tensor:
         """Logits of boxes (L, B, Q, 4), of what the box head gives."""
