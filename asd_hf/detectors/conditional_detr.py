@@ -25,7 +25,7 @@ class ConditionalDetrAdapter(DetrAdapter):
 
     def _place(self, offsets: Tensor, decoded) -> Tensor:
         points = decoded.reference_points.transpose(0, 1).to(offsets.dtype)  # (B, Q, 2), the same for every layer
-        return offsets + nn.functional.pad(inverse_sigmoid(points), (0, 2))
+        return super()._place(offsets + nn.functional.pad(inverse_sigmoid(points), (0, 2)), decoded)
 
     def _precise(self) -> AbstractContextManager:
         return self.outside_autocast([self.model.model.decoder.ref_point_head])

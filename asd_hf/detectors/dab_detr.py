@@ -49,7 +49,8 @@ class DabDetrAdapter(ConditionalDetrAdapter):
         return decoded.intermediate_hidden_states
 
     def _place(self, offsets: Tensor, decoded) -> Tensor:
-        return offsets + inverse_sigmoid(decoded.reference_points.to(offsets.dtype))  # (L, B, Q, 4)
+        # All layers at once, as this model does.
+        return (offsets + inverse_sigmoid(decoded.reference_points.to(offsets.dtype))).sigmoid()  # (L, B, Q, 4)
 
     def _precise(self) -> AbstractContextManager:
         return self.outside_autocast([self.model.model.decoder.bbox_embed])

@@ -112,12 +112,12 @@ class DetrAdapter(DetectorAdapter):
             # Layer by layer: products of other shapes may differ in the last bits.
             logits = torch.stack([self.class_head(state) for state in hidden])
             offsets = torch.stack([self.model.bbox_predictor(state) for state in hidden])
-            # Layer by layer, as the model does: on some CPUs the last bit of a sigmoid hangs on its place in the tensor.
-            return logits, torch.stack([layer.sigmoid() for layer in self._place(offsets, decoded)])
+            return logits, self._place(offsets, decoded)
 
     def _place(self, offsets: Tensor, decoded) -> Tensor:
-        """Logits of boxes (L, B, Q, 4), of what the box head gives."""
-        return offsets
+        """Boxes (L, B, Q, 4), of what the box head gives."""
+        # Layer by layer, as the model does: on some CPUs the last bit of a sigmoid hangs on its place in the tensor.
+        return torch.stack([layer.sigmoid() for layer in offsets])
 
     def _precise(self) -> AbstractContextManager:
         """Runs what the model itself knows of boxes outside autocast during the block."""
