@@ -465,9 +465,8 @@ def _new_processor(config: StudentConfig, model_type: str, known, size: dict[str
         try:
             known = AutoImageProcessor.from_pretrained(config.backbone)
         except (OSError, ValueError) as error:
-            other = (
-                f"a new {model_type}" if known is None else {"teacher": "the teacher"}.get(config.base, config.base)
-            )
+            architecture = "the teacher" if config.base == "teacher" else config.base
+            other = f"a new {model_type}" if known is None else architecture
             logger.warning("no image processor with %s: normalised as %s (%s)", config.backbone, other, _line(error))
     if known is not None:
         for name in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"):

@@ -33,7 +33,7 @@ class Plan:
     Attributes:
         setting: name of the base configuration.
         variant: name of what differs from it.
-        minutes: of training; the run then takes as many steps as fit, see `run.measured_steps`. None: as configured.
+        minutes: of training; the run then takes as many steps as fit, measured first. None: as configured.
         sections: its configuration, as a YAML file would have it, but for `training.output_dir`.
     """
 

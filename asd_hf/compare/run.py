@@ -1,6 +1,6 @@
 """One run of a comparison, in a process of its own: trains as the configuration says and writes the record.
 
-`python -m asd_hf.compare.run FOLDER` trains the run whose `plan.yaml` is in FOLDER; see `schedule` for who calls it.
+`python -m asd_hf.compare.run FOLDER RECORD` trains the run whose `plan.yaml` is in FOLDER; `schedule` calls it.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class Schedule:
         self.processes: set[subprocess.Popen] = set()
         self.lock = threading.Lock()
         self.stopped = False
-        self.count, self.done, self.began = len(plans), 0, monotonic()
+        self.count, self.done = len(plans), 0
 
     def run(self) -> list[str]:
         """Returns when all runs have ended: which of them failed, and why; the others have their records."""
