@@ -99,11 +99,14 @@ def _cache(run: RunConfig, args: argparse.Namespace) -> None:
 def _plan(writer: CacheWriter, num_ranks: int) -> str:
     manifest = writer.manifest
     contents = manifest.contents
-    kept = f"{', '.join(contents.fields)} of {len(contents.layers)} decoder layers, {manifest.spec['num_queries']} queries"
+    kept = f"{', '.join(contents.fields)} of {len(contents.layers)} decoder layers"
+    size = f"{_megabytes(writer.total_bytes)} in {manifest.num_shards} shards"
     minutes = writer.seconds * manifest.num_images * manifest.views / num_ranks / 60
     ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
-    size = f"{_megabytes(writer.total_bytes)} in {manifest.num_shards} shards"
-    return f"{manifest.num_images} images, {manifest.kind}\n{kept}: {size}, about {minutes:.1f} minutes on {ranks}"
+    return (
+        f"{manifest.num_images} images, {manifest.kind}\n"
+        f"{kept}, {manifest.spec['num_queries']} queries: {size}, about {minutes:.1f} minutes on {ranks}"
+    )
 
 
 def _megabytes(count: float) -> str:

@@ -364,8 +364,8 @@ def _card(manifest: Manifest) -> str:
     return (
         f"---\n{data.to_yaml()}\n---\n\n# Predictions of {manifest.teacher}\n\n"
         f"What this detector says of {manifest.num_images} images, to train students by asd_hf without it: "
-        f"`model.teacher_cache`.\n\n- {manifest.kind}\n- {', '.join(contents.fields)} of {len(contents.layers)} decoder "
-        f"layers and {manifest.spec['num_queries']} queries, found by image id\n\n"
+        f"`model.teacher_cache`.\n\n- {manifest.kind}\n- {', '.join(contents.fields)} of {len(contents.layers)} "
+        f"decoder layers and {manifest.spec['num_queries']} queries, found by image id\n\n"
         "`manifest.json` says what they were made of, and has the checksum of each file.\n"
     )
 
