@@ -204,7 +204,8 @@ class Manifest:
             compare("the checksum of the teacher's weights", self.teacher_sha256, weights_sha256(teacher.model))
             compare("the list of the teacher's classes", self.all_classes, list(teacher.spec.class_names))
             spec = spec_values(teacher.spec, self.contents.top_queries)
-            for name in spec.keys() - {"class_names"}:
+            del spec["class_names"]
+            for name in spec:
                 compare(f"{name} of the teacher", self.spec.get(name), spec[name])
         if self.prompted:
             names = rename_classes(class_names, class_map)

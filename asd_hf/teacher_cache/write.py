@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -92,7 +92,7 @@ class CacheWriter:
         batch_size: int = 8,
         num_workers: int = 0,
         precision: str = "no",
-        autocast: Callable[[], AbstractContextManager] = torch.no_grad,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self.teacher, self.num_workers, self.autocast = teacher, num_workers, autocast
         self.device = next(teacher.model.parameters()).device
