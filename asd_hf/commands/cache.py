@@ -94,7 +94,10 @@ def _cache(run: RunConfig, args: argparse.Namespace) -> None:
         manifest = writer.finish(args.output)
         size = sum(shard["bytes"] for shard in manifest.shards)
         print(f"{manifest.num_shards} shards, {_megabytes(size)}: train with model.teacher_cache={args.output}")
-        print(_loss_table(parts, args.output))
+    state.wait_for_everyone()
+    table = _loss_table(parts, args.output)  # on every rank: a method may average over them
+    if first:
+        print(table)
         if args.push is not None:
             push(args.output, args.push, training.hub_private_repo)
     state.wait_for_everyone()
