@@ -31,12 +31,12 @@ class Stage:
 
     Attributes:
         logits, boxes: (L, B, Q, C) and (L, B, Q, 4).
-        copies: of each target that a layer is to find: groups of queries, see `match_targets`, or of denoising queries.
+        copies: of each target for a layer to find: groups of queries, see `match_targets`, or of denoising queries.
         pairs: known ones, of the first layer alone, that need no matching.
         agnostic: the predictions tell objects from background alone: class 0 stands for every object.
         sides, frames: distributions over the sides of boxes, see `losses.fine_grained_loss`.
-        last: sides and logits (B, Q, .) of the decoder's last layer, see `losses.self_distillation_loss`; None if that
-            is the last one here.
+        last: sides and logits (B, Q, .) of the decoder's last layer, which the others imitate.
+        ends: the last layer here is that one.
     """
 
     logits: Tensor
@@ -47,6 +47,7 @@ class Stage:
     sides: Tensor | None = None
     frames: Tensor | None = None
     last: tuple[Tensor, Tensor] | None = None
+    ends: bool = False
 
     def __post_init__(self) -> None:
         self.logits, self.boxes = full(self.logits), full(self.boxes)
@@ -117,9 +118,7 @@ class DetectionCriterion:
             **own,
         )
 
-    def __call__(
-        self, output: DetectorOutput, labels: list[dict], pairs: Pairs | None = None
-    ) -> dict[str, Tensor]:
+    def __call__(self, output: DetectorOutput, labels: list[dict], pairs: Pairs | None = None) -> dict[str, Tensor]:
         """Weighted scalars `loss_ce`, `loss_bbox`, `loss_giou`; of the proposals of two stages the same with `_enc`.
 
         Args:
@@ -183,10 +182,10 @@ class DetectionCriterion:
                     sides, values = full(stage.sides), self.side_values
                     losses["loss_fgl"] = fine_grained_loss(sides, full(stage.frames), values, boxes, *paired, iou)
                     means[-1]["loss_ddf"] = self_distillation_loss(
-                        sides, stage.logits, stage.last, paired[0], iou, labelled
+                        sides, *stage.last, paired[0], iou, stage.ends, labelled
                     )
                 sums.append(losses)
-                divisors.append((num_boxes, weight))
+                divisors.append((num_boxes, stage.copies * len(classes) if weight is None else weight))
             return [a | b for a, b in zip(_normalised(sums, divisors, self.class_loss.name), means, strict=True)]
 
     def assign(self, outputs: list[DetectorOutput], labels: list[dict]) -> list[Pairs]:
@@ -264,21 +263,24 @@ def _in_every_layer(pairs: Pairs, boxes: Tensor) -> Pairs:
 
 
 def _normalised(
-    stages: list[dict[str, Tensor]], divisors: list[tuple[int, Tensor | None]], class_loss: str
+    stages: list[dict[str, Tensor]], divisors: list[tuple[int, int | Tensor]], class_loss: str
 ) -> list[dict[str, Tensor]]:
-    """Each sum over the number of boxes, or the class loss over its own weight, both averaged over all ranks.
+    """Each sum over the number of boxes, or the class loss over its own number or weight, averaged over all ranks.
 
     With the averaged gradients of DistributedDataParallel, W ranks then train as one rank with all their images; so it
     is the number of all ranks that is raised to 1 where there is no box.
     """
     like = next(iter(stages[0].values()))
-    numbers = torch.tensor([float(count) for count, _ in divisors], dtype=like.dtype).to(like.device, non_blocking=True)
-    weights = torch.stack([numbers.new_zeros(()) if weight is None else weight for _, weight in divisors]).detach()
-    totals, num_ranks = sum_over_ranks(torch.stack([numbers, weights]))
+    counts = [[number for number in pair if not torch.is_tensor(number)] for pair in divisors]
+    numbers = torch.tensor(sum(counts, [])).to(like, non_blocking=True)
+    weights = [weight for _, weight in divisors if torch.is_tensor(weight)]
+    totals, num_ranks = sum_over_ranks(torch.cat([numbers, *(weight.detach()[None] for weight in weights)]))
+    # Without any box the loss is that of the background, without any labelled image it is 0.
+    numbers, weights = totals[: len(numbers)].clamp(min=1), totals[len(numbers) :].clamp(min=1e-6)
+    numbers, weights = iter((numbers / num_ranks).unbind()), iter((weights / num_ranks).unbind())
     means = []
-    for losses, (_, weight), total in zip(stages, divisors, totals.unbind(1), strict=True):
-        # Without any box the loss is that of the background, without any labelled image it is 0.
-        boxes, weights = total[0].clamp(min=1) / num_ranks, total[1].clamp(min=1e-6) / num_ranks
-        by_weight = {class_loss} if weight is not None else {}
-        means.append({name: loss / (weights if name in by_weight else boxes) for name, loss in losses.items()})
+    for losses, (_, weight) in zip(stages, divisors, strict=True):
+        boxes = next(numbers)
+        of_class = next(weights) if torch.is_tensor(weight) else next(numbers)
+        means.append({name: loss / (of_class if name == class_loss else boxes) for name, loss in losses.items()})
     return means

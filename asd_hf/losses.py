@@ -198,7 +198,7 @@ class IoUAwareLoss(SigmoidLoss):
         return F.softplus(x) - target * x, p - target
 
 
-# -- distributions over the sides of boxes, of D-FINE (Peng et al., arXiv 2410.13842) and DEIMv2 -----------------------
+# -- distributions over the sides of boxes, of D-FINE (Peng et al., arXiv 2410.13842) and DEIMv2 ---------------------
 
 
 def fine_grained_loss(
@@ -227,10 +227,11 @@ def fine_grained_loss(
 
 def self_distillation_loss(
     sides: Tensor,
-    logits: Tensor,
-    last: tuple[Tensor, Tensor] | None,
+    last: Tensor,
+    last_logits: Tensor,
     query: Tensor,
     iou: Tensor,
+    ends: bool,
     labelled: Tensor | None,
 ) -> Tensor:
     """(L,) divergences of the sides of each layer from those of the last one, at temperature 5.
@@ -239,18 +240,18 @@ def self_distillation_loss(
     others are averaged with the square roots of their numbers as weights.
 
     Args:
-        sides, logits: (L, B, Q, 4, bins) and (L, B, Q, C).
-        last: the last layer's; None if it is the last one of `sides`, which then has loss 0.
+        sides: logits (L, B, Q, 4, bins).
+        last, last_logits: the last layer's (B, Q, 4, bins) and (B, Q, C).
         query, iou: (N,) of the pairs.
+        ends: the last of `sides` are `last`; they have loss 0.
         labelled: (B, 1), 0 for images that take no part.
     """
     temperature, num_layers = 5, len(sides)
-    taught = num_layers - (last is None)
-    aim, aim_logits = (sides[-1], logits[-1]) if last is None else last
-    aim = (full(aim).detach() / temperature).softmax(-1).expand_as(sides[:taught])
+    taught = num_layers - ends
+    aim = (full(last).detach() / temperature).softmax(-1).expand_as(sides[:taught])
     ours = (sides[:taught] / temperature).log_softmax(-1)
     divergence = temperature**2 * F.kl_div(ours, aim, reduction="none").sum(-1).mean(-1)  # (L, B, Q)
-    weight = full(aim_logits).detach().sigmoid().amax(-1).repeat(num_layers, 1, 1)
+    weight = full(last_logits).detach().sigmoid().amax(-1).repeat(num_layers, 1, 1)
     matched = torch.zeros_like(weight)
     weight.view(-1)[query], matched.view(-1)[query] = iou, 1
     parts = torch.stack([matched, 1 - matched])[:, :taught]  # (2, L, B, Q)

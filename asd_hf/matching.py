@@ -51,7 +51,8 @@ def start_matching(
             hosts = receive()
             pairs = [_match(host, counts, groups) for host in hosts]
             if with_union:
-                pairs.append(_union(pairs, [host.shape[1] * host.shape[3] for host in hosts], counts.sum()))
+                _, num_images, _, num_queries = hosts[0].shape
+                pairs.append(_union(np.concatenate(pairs, axis=1), num_images, num_queries))
             indices = torch.from_numpy(np.concatenate(pairs, axis=1)).to(device, non_blocking=True)
         return [tuple(part) for part in indices.split([p.shape[1] for p in pairs], dim=1)]
 
@@ -74,17 +75,19 @@ def _match(costs: np.ndarray, counts: np.ndarray, groups: int) -> np.ndarray:
     return pairs[:, pairs[0].argsort()]
 
 
-def _union(pairs: Sequence[np.ndarray], sizes: Sequence[int], num_targets: int) -> np.ndarray:
-    """(2, N) pairs in which each query of any layer has the target that most layers gave it, of equals the first.
+def _union(pairs: np.ndarray, num_images: int, num_queries: int) -> np.ndarray:
+    """(2, N) pairs in which each query of any layer has the target that most layers gave it.
 
-    Args:
-        sizes: B * Q of each of `pairs`, all the same.
+    Of equals it is the one that Transformers takes (`Deimv2Loss`), which lets an unstable sort decide.
     """
-    query, target = np.concatenate([(p[0] % size, p[1]) for p, size in zip(pairs, sizes, strict=True)], axis=1)
-    both, votes = np.unique(query * max(num_targets, 1) + target, return_counts=True)
-    query, target = np.divmod(both, max(num_targets, 1))
-    order = np.lexsort((target, -votes, query))
-    chosen = order[np.unique(query[order], return_index=True)[1]]
+    query, target = pairs[0] % (num_images * num_queries), pairs[1]
+    (query, target), votes = np.unique([query, target], axis=1, return_counts=True)
+    chosen = []
+    for image in range(num_images):
+        own = np.flatnonzero(query // num_queries == image)
+        own = own[torch.from_numpy(votes[own]).argsort(descending=True).numpy()]
+        chosen.append(own[np.sort(np.unique(query[own], return_index=True)[1])])
+    chosen = np.concatenate(chosen)
     return np.stack([query[chosen], target[chosen]])
 
 
