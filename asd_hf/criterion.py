@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .detectors.base import DetectorOutput, sum_over_ranks
 from .losses import (
@@ -248,6 +249,42 @@ class DetectionCriterion:
         giou_cost = -generalized_iou(*corners)
         cost = self.class_cost * class_cost + self.bbox_cost * bbox_cost + self.giou_cost * giou_cost
         return cost.transpose(2, 3)
+
+
+class TransformersCriterion:
+    """Transformers' own loss in the place of `DetectionCriterion`: the same numbers on one rank, except that proposals
+    of two stages have no loss. On W ranks its box losses, and focal losses, are W times too large.
+
+    Args:
+        model: a `...ForObjectDetection` whose `loss_function` is that of DETR or Deformable DETR.
+        class_loss_weight: of the class loss, for which Transformers has none.
+    """
+
+    def __init__(self, model: nn.Module, class_loss_weight: float = 1) -> None:
+        self.model, self.class_loss_weight = model, class_loss_weight
+
+    def __call__(self, output: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
+        """Weighted scalars `loss_ce`, `loss_bbox`, `loss_giou`, see `DetectionCriterion.__call__`."""
+        labelled = [i for i, label in enumerate(labels) if label.get("labelled", True)]
+        # Every rank must ask for the loss, which counts boxes over ranks: without labels it is multiplied by 0.
+        rows, config = labelled or [0], copy(self.model.config)
+        with torch.autocast(output.logits.device.type, enabled=False):
+            logits, boxes = full(output.logits)[:, rows], full(output.boxes)[:, rows]
+            config.auxiliary_loss = len(logits) > 1
+            config.decoder_layers = len(logits)
+            _, parts, _ = self.model.loss_function(
+                logits[-1], [labels[i] for i in rows], logits.device, boxes[-1], config, logits, boxes
+            )
+        layers = ["", *(f"_{i}" for i in range(len(logits) - 1))]
+        weights = {
+            "loss_ce": self.class_loss_weight,
+            "loss_bbox": config.bbox_loss_coefficient,
+            "loss_giou": config.giou_loss_coefficient,
+        }
+        return {
+            name: weight * bool(labelled) * sum(parts[name + layer] for layer in layers)
+            for name, weight in weights.items()
+        }
 
 
 def _apart(boxes: Tensor) -> Tensor:

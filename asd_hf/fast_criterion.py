@@ -68,7 +68,8 @@ def detr_loss(
     """Of DETR and its kin: layers (L, B, Q, .), the last of which are `logits` and `pred_boxes`."""
     criterion = DetectionCriterion.from_config(config, activation)
     stages, names = _decoder(logits, pred_boxes, config, outputs_class, outputs_coord)
-    return _result(criterion, stages, names, labels)
+    earlier = _outputs((outputs_class[:-1], outputs_coord[:-1])) if config.auxiliary_loss else None
+    return *_judged(criterion, stages, names, labels), earlier
 
 
 def lw_detr_loss(
@@ -90,25 +91,30 @@ def lw_detr_loss(
     stages.append(Stage(enc_outputs_class[None], enc_outputs_coord[None]))
     for stage in stages:
         stage.copies = logits.shape[1] // config.num_queries
-    return _result(criterion, stages, [*names, ["_enc"]], labels)
+    earlier = _outputs((outputs_class[:-1], outputs_coord[:-1])) if config.auxiliary_loss else None
+    return *_judged(criterion, stages, [*names, ["_enc"]], labels), earlier
 
 
 def _decoder(
     logits: Tensor, boxes: Tensor, config, all_logits: Tensor | None, all_boxes: Tensor | None
 ) -> tuple[list[Stage], list[list[str]]]:
-    """The stage of all decoder layers that have a loss, and what the names of their terms end with."""
+    """The decoder layers that have a loss, and what the names of their terms end with."""
     if not config.auxiliary_loss:
         return [Stage(logits[None], boxes[None])], [[""]]
-    return [Stage(all_logits, all_boxes)], [[*(f"_{i}" for i in range(len(all_logits) - 1)), ""]]
+    earlier = [f"_{i}" for i in range(len(all_logits) - 1)]
+    if logits.data_ptr() == all_logits[-1].data_ptr() and boxes.data_ptr() == all_boxes[-1].data_ptr():
+        return [Stage(all_logits, all_boxes)], [[*earlier, ""]]
+    # Some models compute the last layer twice, and DETR, with another layer norm before its heads, differently.
+    return [Stage(all_logits[:-1], all_boxes[:-1]), Stage(logits[None], boxes[None])], [earlier, [""]]
 
 
-def _result(
+def _judged(
     criterion: DetectionCriterion,
     stages: list[Stage],
     names: list[list[str]],
     labels: list[dict],
-) -> Result:
-    """With terms as they are without their weights, and with the error of the number of objects, which is no loss."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and its terms, which are without their weights; and how wrong the number of objects is, no loss."""
     terms = criterion.terms(stages, labels)
     weights = {
         "loss_ce": criterion.class_loss_weight,
@@ -119,9 +125,7 @@ def _result(
     counts = torch.tensor([len(label["class_labels"]) for label in labels]).to(loss, non_blocking=True)
     for stage, term in zip(stages, terms, strict=True):
         term["cardinality_error"] = _cardinality_error(stage.logits, counts, criterion.activation)
-    decoder = stages[0]
-    earlier = _outputs((decoder.logits[:-1], decoder.boxes[:-1])) if len(decoder.logits) > 1 else None
-    return loss, _named(terms, names), earlier
+    return loss, _named(terms, names)
 
 
 @torch.no_grad()

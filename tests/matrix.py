@@ -136,15 +136,14 @@ def train_pair(teacher_name: str, student_name: str, data: DataConfig, folder: P
 
 
 def _families() -> Iterator[str]:
-    yield "| family | classes | loss | padding | sides are multiples of | other questions | role |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    yield "| family | classes | padding | sides are multiples of | other questions | role |"
+    yield "| --- | --- | --- | --- | --- | --- |"
     for name in FAMILIES:
         adapter = make_teacher(name)
         spec, student = adapter.spec, name in STUDENTS
         cells = [
             name,
             spec.activation,
-            "-" if not student else "Transformers'" if adapter.own_loss else "asd_hf's",
             "canvas" if adapter.sees_padding else "valid image",
             str(adapter.size_divisor) if adapter.size_divisor > 1 else "any",
             "yes" if "decode" in spec.capabilities else "no",
