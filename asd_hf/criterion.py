@@ -167,27 +167,42 @@ class DetectionCriterion:
             begun = [self.class_loss.begin(stage.logits) for stage in stages]
             pairs = finish() if pairs is None else pairs
             union, pairs = pairs[-1] if self.dense else None, iter(pairs)
-            sums, means, divisors = [], [], []
+            sums, weights = [], []
             for stage, beginning in zip(stages, begun, strict=True):
                 query, target = next(pairs) if stage.pairs is None else _in_every_layer(stage.pairs, stage.boxes)
-                chosen = torch.zeros_like(target) if stage.agnostic else classes[target]
-                paired, num_boxes = (query, target), stage.copies * len(classes)
-                if union is not None and stage.pairs is None:
-                    paired, num_boxes = _in_every_layer(union, stage.boxes), len(union[0])
+                # Known pairs are those of denoising queries, which are no part of the union.
+                dense = union is not None and stage.pairs is None
+                paired = _in_every_layer(union, stage.boxes) if dense else (query, target)
                 losses, iou = box_losses(stage.boxes, boxes, *paired)
-                own_iou = iou if paired[0] is query else pair_iou(stage.boxes, boxes, query, target)
-                of_class, weight = self.class_loss.finish(beginning, query, chosen, own_iou, labelled)
-                losses[self.class_loss.name] = of_class
-                means.append({})
                 if stage.sides is not None:
-                    sides, values = full(stage.sides), self.side_values
-                    losses["loss_fgl"] = fine_grained_loss(sides, full(stage.frames), values, boxes, *paired, iou)
-                    means[-1]["loss_ddf"] = self_distillation_loss(
-                        sides, *stage.last, paired[0], iou, stage.ends, labelled
-                    )
-                sums.append(losses)
-                divisors.append((num_boxes, stage.copies * len(classes) if weight is None else weight))
-            return [a | b for a, b in zip(_normalised(sums, divisors, self.class_loss.name), means, strict=True)]
+                    losses |= self._side_losses(stage, boxes, paired, iou, labelled)
+                own_iou = pair_iou(stage.boxes, boxes, query, target) if dense else iou
+                chosen = torch.zeros_like(target) if stage.agnostic else classes[target]
+                of_class, weight = self.class_loss.finish(beginning, query, chosen, own_iou, labelled)
+                sums.append(losses | {self.class_loss.name: of_class})
+                weights.append(weight)
+            found = torch.tensor([len(classes), 0 if union is None else len(union[0])]).to(boxes, non_blocking=True)
+            (targets, dense), weights, num_ranks = _over_ranks(found, weights)
+            # With the averaged gradients of DistributedDataParallel, W ranks then train as one rank with all their
+            # images; so it is the number of all ranks that is raised to 1: without any box, the loss is that of the
+            # background. Without any labelled image it is 0.
+            for losses, stage, weight in zip(sums, stages, weights, strict=True):
+                own = (stage.copies * targets).clamp(min=1) / num_ranks
+                paired = own if union is None or stage.pairs is not None else dense.clamp(min=1) / num_ranks
+                of_class = own if weight is None else weight.clamp(min=1e-6) / num_ranks
+                divisors = dict.fromkeys(losses, paired) | {self.class_loss.name: of_class, "loss_ddf": 1}
+                losses |= {name: loss / divisors[name] for name, loss in losses.items()}
+            return sums
+
+    def _side_losses(
+        self, stage: Stage, boxes: Tensor, pairs: Pairs, iou: Tensor, labelled: Tensor | None
+    ) -> dict[str, Tensor]:
+        sides, (query, _) = full(stage.sides), pairs
+        return {
+            "loss_fgl": fine_grained_loss(sides, full(stage.frames), self.side_values, boxes, *pairs, iou),
+            # A mean already, over queries.
+            "loss_ddf": self_distillation_loss(sides, *stage.last, query, iou, stage.ends, labelled),
+        }
 
     def assign(self, outputs: list[DetectorOutput], labels: list[dict]) -> list[Pairs]:
         """Matches the queries of every layer of several outputs with ground truth, see `match`."""
@@ -299,25 +314,12 @@ def _in_every_layer(pairs: Pairs, boxes: Tensor) -> Pairs:
     return (steps[:, None] + query).flatten(), target.repeat(num_layers)
 
 
-def _normalised(
-    stages: list[dict[str, Tensor]], divisors: list[tuple[int, int | Tensor]], class_loss: str
-) -> list[dict[str, Tensor]]:
-    """Each sum over the number of boxes, or the class loss over its own number or weight, averaged over all ranks.
+def _over_ranks(counts: Tensor, weights: list[Tensor | None]) -> tuple[Tensor, list[Tensor | None], int]:
+    """Sums over all ranks of `counts` and of those `weights` that are given, and how many ranks there are.
 
-    With the averaged gradients of DistributedDataParallel, W ranks then train as one rank with all their images; so it
-    is the number of all ranks that is raised to 1 where there is no box.
+    Every rank must have the same ones, whatever its images: it has no denoising queries where they have no objects.
     """
-    like = next(iter(stages[0].values()))
-    counts = [[number for number in pair if not torch.is_tensor(number)] for pair in divisors]
-    numbers = torch.tensor(sum(counts, [])).to(like, non_blocking=True)
-    weights = [weight for _, weight in divisors if torch.is_tensor(weight)]
-    totals, num_ranks = sum_over_ranks(torch.cat([numbers, *(weight.detach()[None] for weight in weights)]))
-    # Without any box the loss is that of the background, without any labelled image it is 0.
-    numbers, weights = totals[: len(numbers)].clamp(min=1), totals[len(numbers) :].clamp(min=1e-6)
-    numbers, weights = iter((numbers / num_ranks).unbind()), iter((weights / num_ranks).unbind())
-    means = []
-    for losses, (_, weight) in zip(stages, divisors, strict=True):
-        boxes = next(numbers)
-        of_class = next(weights) if torch.is_tensor(weight) else next(numbers)
-        means.append({name: loss / (of_class if name == class_loss else boxes) for name, loss in losses.items()})
-    return means
+    given = [weight for weight in weights if weight is not None]
+    totals, num_ranks = sum_over_ranks(torch.cat([counts, *(weight.detach()[None] for weight in given)]))
+    summed = iter(totals[len(counts) :])
+    return totals[: len(counts)], [None if weight is None else next(summed) for weight in weights], num_ranks

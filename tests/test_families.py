@@ -280,12 +280,13 @@ def test_own_losses_are_transformers(student, fast):
     trained = {name: p for name, p in student.model.named_parameters() if p.requires_grad}
     ours, theirs = (torch.autograd.grad(loss, trained.values(), allow_unused=True) for loss in (total, expected))
     assert sum(gradient is not None and bool(gradient.any()) for gradient in theirs) > 0.9 * len(trained)
+    largest = max(reference.abs().max().item() for reference in theirs if reference is not None)
     for name, gradient, reference in zip(trained, ours, theirs, strict=True):
         if reference is None:
             assert gradient is None or not gradient.any(), name
-        else:
-            scale = reference.abs().max().item()
-            torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=1e-4 * scale + 1e-7, msg=name)
+        else:  # some gradients are zero but for rounding: a softmax does not see the bias of its keys
+            tolerance = 1e-4 * reference.abs().max().item() + 1e-6 * largest
+            torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=tolerance, msg=name)
 
 
 def test_the_host_waits_for_nothing_but_the_models_own(student):
