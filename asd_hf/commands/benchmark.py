@@ -2,18 +2,20 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from transformers import set_seed
 
 from ..benchmark.evaluation import measure_evaluation
+from ..benchmark.loss import SWEEPS, LossSize, measure_losses
 from ..benchmark.sidebyside import format_table, write_rows
 from ..benchmark.step import format_costs, measure_steps
 from ..build import Parts
 from ..compare.plan import choose_variants, read_variants
 from ..config import build_methods, load_config
 from ..errors import UserError
+from ..fast_criterion import LOSSES
 from ..methods import METHODS, MethodConfig
 from ..registry import nearest
 from .train import report_progress
@@ -74,7 +76,34 @@ def evaluation(argv: list[str]) -> None:
         write_rows(args.json, [asdict(row) | {"difference": difference}])
 
 
-BENCHMARKS = {"step": step, "eval": evaluation}
+def loss(argv: list[str]) -> None:
+    """the detection loss, against Transformers' own"""
+    parser = _parser("loss", loss.__doc__, rounds=15)
+    parser.add_argument("--family", default="deformable_detr", metavar="NAME", help="default: deformable_detr")
+    for field in fields(LossSize):
+        what = "targets of each image" if field.name == "boxes" else field.name
+        parser.add_argument(
+            f"--{field.name}", type=int, default=field.default, metavar="N", help=f"{what} (default: {field.default})"
+        )
+    parser.add_argument("--sweep", choices=list(SWEEPS), help="one of these in several sizes")
+    args = _parse(parser, argv, "images", "layers", "queries", "classes")
+    if args.boxes < 0:
+        raise UserError(f"--boxes must be 0 or more, not {args.boxes}")
+    if args.family not in LOSSES:
+        raise UserError(f"--family: unknown family {args.family!r}: {nearest(args.family, LOSSES)}")
+    size = LossSize(**{field.name: getattr(args, field.name) for field in fields(LossSize)})
+    rows = list(measure_losses(args.family, size, args.sweep, args.rounds))
+    header = ["", "ours, ms", "spread", "Transformers, ms", "spread", "times faster", "largest difference"]
+    cells = []
+    for row in rows:
+        numbers = row.ours_ms, row.ours_spread_ms, row.reference_ms, row.reference_spread_ms, 1 / row.ratio
+        cells.append([row.name, *(f"{number:.1f}" for number in numbers), f"{row.difference:.0e}"])
+    print(format_table(header, cells))
+    if args.json is not None:
+        write_rows(args.json, [asdict(row) for row in rows])
+
+
+BENCHMARKS = {"step": step, "eval": evaluation, "loss": loss}
 
 
 def _parser(what: str, description: str, rounds: int = 10) -> argparse.ArgumentParser:
