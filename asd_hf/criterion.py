@@ -179,7 +179,7 @@ class DetectionCriterion:
                 own_iou = pair_iou(stage.boxes, boxes, query, target) if dense else iou
                 chosen = torch.zeros_like(target) if stage.agnostic else classes[target]
                 of_class, weight = self.class_loss.finish(beginning, query, chosen, own_iou, labelled)
-                sums.append(losses | {self.class_loss.name: of_class})
+                sums.append({self.class_loss.name: of_class} | losses)
                 weights.append(weight)
             found = torch.tensor([len(classes), 0 if union is None else len(union[0])]).to(boxes, non_blocking=True)
             (targets, dense), weights, num_ranks = _over_ranks(found, weights)

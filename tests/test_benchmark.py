@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from asd_hf.benchmark import evaluation, step
+from asd_hf.benchmark import evaluation, loss, step
 from asd_hf.build import Parts
 from asd_hf.commands import run
 from asd_hf.config import load_config
@@ -176,3 +176,47 @@ def test_mistakes_are_one_line(arguments, message, capsys):
     assert message in capsys.readouterr().err
     assert run("benchmark", ["stepp"]) == 2
     assert "unknown benchmark 'stepp': did you mean 'step'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["deformable_detr", "detr", "rt_detr", "d_fine", "deimv2", "rf_detr"])
+def test_the_loss_is_measured_against_transformers_and_equal(family, tmp_path, capsys):
+    file = tmp_path / "a.json"
+    size = ["--images", "2", "--layers", "2", "--queries", "12", "--classes", "4", "--boxes", "3"]
+    assert run("benchmark", ["loss", "--family", family, "--rounds", "1", "--json", str(file), *size]) == 0
+    rows = json.loads(file.read_text())
+    assert [row["name"] for row in rows] == ["late training", "early training"]
+    for row in rows:
+        assert row["ours_ms"] > 0 < row["reference_ms"] and row["device"] in ("cpu", "cuda")
+        assert row["ratio"] == pytest.approx(row["ours_ms"] / row["reference_ms"])
+        assert 0 < row["difference"] < 1e-5
+    assert "| early training |" in capsys.readouterr().out
+
+
+def test_late_in_training_predictions_stand_at_their_objects():
+    step = loss._Step("deformable_detr", loss.LossSize(images=2, layers=2, queries=40, classes=4, boxes=3), True, 0)
+    boxes, logits = step.leaves["outputs_coord"], step.leaves["outputs_class"]
+    for image, label in enumerate(step.labels):
+        for box, wanted in zip(label["boxes"], label["class_labels"], strict=True):
+            near = (boxes[:, image] - box).abs().amax(-1) < 5 * loss.NOISE
+            assert (near.sum(1) >= loss.NEAR).all()
+            assert logits[:, image][near][:, wanted].mean() > -2.5 > logits.mean()
+
+
+def test_a_sweep_has_a_row_for_every_size(monkeypatch):
+    monkeypatch.setitem(loss.SWEEPS, "boxes", (0, 2))
+    size = loss.LossSize(images=1, layers=1, queries=5, classes=3)
+    names = [row.name for row in loss.measure_losses("rt_detr", size, "boxes", 1)]
+    assert names == [f"{when} training, {count} boxes" for count in (0, 2) for when in ("late", "early")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--family", "rt_dert"], "--family: unknown family 'rt_dert': did you mean 'rt_detr'?"),
+        (["--boxes", "-1"], "--boxes must be 0 or more, not -1"),
+        (["--images", "0"], "--images must be 1 or more, not 0"),
+    ],
+)
+def test_mistakes_about_the_loss_are_one_line(arguments, message, capsys):
+    assert run("benchmark", ["loss", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -7,12 +7,18 @@ from functools import lru_cache
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import DetrForSegmentation, Trainer, TrainingArguments
 
 import asd_hf
+from asd_hf.config import TrainingConfig
+from asd_hf.criterion import TransformersCriterion
+from asd_hf.detectors import get_adapter
+from asd_hf.distiller import Distiller
 from asd_hf.errors import UserError
 from asd_hf.fast_criterion import use_fast_criterion
+from asd_hf.trainer import make_criterion
 from tests import tiny
 from tests.families import FAMILIES, STUDENTS
 
@@ -198,3 +204,72 @@ def test_importing_the_package_imports_no_torch():
     command = "import sys, asd_hf; assert 'torch' not in sys.modules; asd_hf.nothing"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
     assert "AttributeError: module 'asd_hf' has no attribute 'nothing'" in done.stderr
+
+
+@pytest.mark.parametrize("family", ["conditional_detr", "detr", "yolos", "rt_detr", "deimv2", "rf_detr"])
+def test_the_trainer_takes_either_loss(family, tmp_path):
+    """With an image that takes no part, and one without objects."""
+    batch, results = tiny.batch(4, sizes=((96, 96),), boxes=(3, 0, 5, 0)), []
+    for label, flag in zip(batch["labels"], (True, False, True, True), strict=True):
+        label["labelled"] = flag
+    for fast in (False, True):
+        student = get_adapter(detector(family), FAMILIES[family]()[1])
+        args = TrainingConfig(str(tmp_path), use_cpu=True, fast_criterion=fast, report_to=[])
+        criterion = make_criterion(student, args)
+        assert isinstance(criterion, TransformersCriterion) == (not fast and not student.own_loss)
+        torch.manual_seed(0)
+        output = Distiller(student, criterion).eval()(**batch)
+        output.loss.backward()
+        results.append((output.losses, {name: p.grad for name, p in student.model.named_parameters()}))
+    (theirs, expected), (ours, gradients) = results
+    assert list(ours) == list(theirs)  # ranks average them by their order
+    for name, loss in theirs.items():
+        torch.testing.assert_close(ours[name], loss, rtol=1e-5, atol=1e-6, msg=name)
+    assert any(gradient is not None for gradient in expected.values())
+    largest = max(gradient.abs().max() for gradient in expected.values() if gradient is not None)
+    for name, reference in expected.items():
+        gradient = torch.zeros(()) if gradients[name] is None else gradients[name]
+        reference = torch.zeros_like(gradient) if reference is None else reference
+        torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=1e-4 * largest, msg=name)
+
+
+def test_without_labelled_images_transformers_loss_is_zero():
+    student = get_adapter(detector("detr"), FAMILIES["detr"]()[1])
+    batch = tiny.batch(2, boxes=(0,))
+    output = student(batch["pixel_values"], batch["pixel_mask"])
+    labels = [label | {"labelled": False} for label in batch["labels"]]
+    losses = TransformersCriterion(student.model)(output, labels)
+    assert set(losses) == {"loss_ce", "loss_bbox", "loss_giou"} and not any(losses.values())
+
+
+def work(rank, world, path):
+    """Each rank's terms of models in training mode, of images of which the first rank's have no objects."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=world)
+    terms = {}
+    for family in ("detr", "deformable_detr", "rt_detr", "deimv2", "lw_detr"):
+        model = use_fast_criterion(detector(family, use_dense_one_to_one=False).train())
+        batch = tiny.batch(2, sizes=((96, 96),), boxes=((0,), (3, 1))[rank])
+        torch.manual_seed(0)
+        output = model(pixel_values=batch["pixel_values"].float() / 255, labels=batch["labels"])
+        terms[family] = {name: value.detach() for name, value in output.loss_dict.items()}
+    torch.save(terms, f"{path}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo over a file store")
+def test_the_number_of_boxes_is_the_mean_of_all_ranks(tmp_path):
+    """The 4 boxes of one rank are 2 a rank: its terms are twice those of one process, and nobody waits for ever."""
+    torch.multiprocessing.start_processes(work, (2, str(tmp_path)), nprocs=2, start_method="fork")
+    empty, full = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for family, terms in full.items():
+        model = detector(family, use_dense_one_to_one=False).train()
+        batch = tiny.batch(2, sizes=((96, 96),), boxes=(3, 1))
+        torch.manual_seed(0)
+        output = model(pixel_values=batch["pixel_values"].float() / 255, labels=batch["labels"])
+        assert terms.keys() == output.loss_dict.keys()
+        for name, value in output.loss_dict.items():
+            if name.startswith(("loss_bbox", "loss_giou", "loss_vfl", "loss_mal", "loss_fgl")):
+                torch.testing.assert_close(terms[name], 2 * value, rtol=1e-4, atol=1e-6, msg=f"{family} {name}")
+        assert all(value.isfinite() for value in empty[family].values())
+        assert all(value == 0 for name, value in empty[family].items() if name.startswith("loss_bbox"))
