@@ -36,10 +36,9 @@ Made by `python -m tests.matrix docs/detectors.md` with transformers {version}.
 ## What each family gives
 
 Every adapter gives logits, boxes and hidden states of all decoder layers, and the feature maps that they read.
-*Loss*: asd_hf's own criterion, equal to Transformers' loss, or Transformers' own where denoising, groups of queries
-or box distributions belong to it. *Padding*: whether the model itself knows the valid image, or is asked in the frame
-of the padded canvas and its boxes are brought back. *Other questions*: whether a method may ask the decoder other
-queries than the model's own (`decode`).
+Every student's loss is that of Transformers, computed by asd_hf ([detection_loss.md](detection_loss.md)). *Padding*:
+whether the model itself knows the valid image, or is asked in the frame of the padded canvas and its boxes are brought
+back. *Other questions*: whether a method may ask the decoder other queries than the model's own (`decode`).
 
 {families}
 
