@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from functools import cached_property
 
@@ -50,15 +49,13 @@ class Parts:
         self.run = run
 
     def under(self, methods: dict[str, MethodConfig], teacher: str | None) -> Parts:
-        """The same data and copies of the same models under other methods; `teacher` may also be none or "ema"."""
+        """The same data and the same models under other methods; `teacher` may also be none or "ema"."""
         model, data = replace(self.run.model, teacher=teacher), self.run.data
         if teacher is None:
             model, data = replace(model, class_map=None), replace(data, unlabelled=None, teacher_size=None)
         other = Parts(replace(self.run, methods=methods, model=model, data=data))
         names = ["eval_source", "train_source", "student"] + ["teacher"] * (teacher == self.run.model.teacher)
-        for name in names:
-            part = getattr(self, name)
-            other.__dict__[name] = copy.deepcopy(part) if isinstance(part, DetectorAdapter) else part
+        other.__dict__.update({name: getattr(self, name) for name in names})
         return other
 
     @_part

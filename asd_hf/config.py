@@ -65,6 +65,9 @@ class TrainingConfig(TrainingArguments):
     class_loss_weight: float | None = _own(
         None, "Weight of the classification loss; default: that of the student's family (Deformable DETR: 2)"
     )
+    fast_criterion: bool = _own(
+        True, "Compute the detection loss in one pass over all layers and images; false: by Transformers' own code"
+    )
     ema_decay: float = _own(0.0, "Decay of a moving average of the student, evaluated and saved in ema/; 0: none")
     early_stopping_patience: int = _own(0, "Stop after so many evaluations without a better AP; 0: never")
 

@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOu
 
 from .classes import SharedClasses
 from .config import TrainingConfig
-from .criterion import DetectionCriterion
+from .criterion import DetectionCriterion, TransformersCriterion
 from .data import DetectionStream, build_loader
 from .detectors import get_adapter
 from .detectors.base import DetectorAdapter, DetectorOutput
@@ -26,6 +26,7 @@ from .distiller import Distiller, DistillerOutput
 from .ema import EMACallback
 from .errors import UserError
 from .evaluation import STATS, evaluate_detector
+from .fast_criterion import use_fast_criterion
 from .hub import public_config, write_model_card
 from .methods import CombinedMethod, DistillationMethod
 from .phases import phase
@@ -392,20 +393,28 @@ class DistillationTrainer(Trainer):
             write_model_card(self.args.output_dir, **self.card)
 
 
-def make_criterion(student: DetectorAdapter, args: TrainingConfig) -> DetectionCriterion | None:
-    """The detection loss of the student's family, or None where Transformers' own trains it.
+def make_criterion(
+    student: DetectorAdapter, args: TrainingConfig
+) -> DetectionCriterion | TransformersCriterion | None:
+    """The detection loss of the student's family, or None where the adapter computes it, with the student's
+    `loss_function`; this is asd_hf's from now on, or Transformers' own with `args.fast_criterion` off.
 
     Raises:
-        UserError: `args.class_loss_weight` is given, which Transformers' own loss does not know.
+        UserError: `args.class_loss_weight` is given, which the losses of some families do not know.
     """
     if not student.own_loss:
         weight = student.class_loss_weight if args.class_loss_weight is None else args.class_loss_weight
+        if not args.fast_criterion:
+            return TransformersCriterion(student.model, weight)
         return DetectionCriterion.from_config(student.model.config, student.spec.activation, weight)
     if args.class_loss_weight is not None:
         raise UserError(
-            f"training.class_loss_weight does not apply to {student.spec.family}, which is trained by Transformers' "
-            "own loss: remove it, and set the weights in model.student.config"
+            f"training.class_loss_weight does not apply to {student.spec.family}, whose configuration has weights of "
+            "its own: remove it, and set them in model.student.config"
         )
+    student.fast_loss = args.fast_criterion
+    if args.fast_criterion:
+        use_fast_criterion(student.model)
     return None
 
 

@@ -9,7 +9,7 @@ ROOT = Path(asd_hf.__file__).parent
 LAYERS = [
     {"errors", "registry", "ops", "distances", "phases"},
     {"detectors"},
-    {"criterion", "features", "matching", "questions", "sampling", "targets"},
+    {"criterion", "fast_criterion", "features", "losses", "matching", "questions", "sampling", "targets"},
     {"methods"},
     {"classes", "distiller", "ema", "student", "data", "evaluation", "hub"},
     {"config", "trainer", "build", "doctor", "benchmark", "compare"},

@@ -37,7 +37,7 @@ STEP_LINE = "@step"  # begins a line of standard output that tells how far the t
 REPLICATES = 500
 BOOTSTRAP_SEED = 0
 TRIAL_STEPS, WARM_UP_STEPS = 40, 10  # of the measurement that turns minutes into steps
-_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "faster-coco-eval", "numpy")
+_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "hotcoco", "numpy")
 
 
 def write_plan(plan: Plan, folder: Path) -> None:
