@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
+from ..benchmark.data import OURS, measure_data
 from ..benchmark.evaluation import measure_evaluation
 from ..benchmark.sidebyside import format_table, write_rows
 from ..benchmark.step import format_costs, measure_steps
@@ -61,6 +62,24 @@ def step(argv: list[str]) -> None:
         )
 
 
+def data(argv: list[str]) -> None:
+    """images a second and core, against the usual pipeline and bare decoding"""
+    parser = _parser("data", data.__doc__, rounds=5)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see configs/; only `data` is read")
+    parser.add_argument("--images", type=int, default=64, metavar="N", help="the first of the data (default: 64)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
+    args = _parse(parser, argv, "images")
+    rows = measure_data(load_config(args.config, args.overrides).data, args.images, args.rounds)
+    ours = next(iter(rows.values()))
+    cells = [[OURS, f"{ours.ours_ms:.2f}", f"{ours.ours_spread_ms:.2f}", f"{1e3 / ours.ours_ms:.0f}", "1.00 x"]]
+    for name, row in rows.items():
+        numbers = f"{row.reference_ms:.2f}", f"{row.reference_spread_ms:.2f}", f"{1e3 / row.reference_ms:.0f}"
+        cells.append([name, *numbers, f"{1 / row.ratio:.2f} x"])
+    print(format_table(["", "ms an image", "spread", "images/s and core", "ours, times as fast"], cells))
+    if args.json is not None:
+        write_rows(args.json, [asdict(row) for row in rows.values()])
+
+
 def evaluation(argv: list[str]) -> None:
     """COCO's numbers, and whether they are pycocotools'"""
     parser = _parser("eval", evaluation.__doc__, rounds=1)
@@ -74,7 +93,7 @@ def evaluation(argv: list[str]) -> None:
         write_rows(args.json, [asdict(row) | {"difference": difference}])
 
 
-BENCHMARKS = {"step": step, "eval": evaluation}
+BENCHMARKS = {"step": step, "data": data, "eval": evaluation}
 
 
 def _parser(what: str, description: str, rounds: int = 10) -> argparse.ArgumentParser:
