@@ -102,15 +102,15 @@ def test_own_work_leaves_out_the_teacher_and_the_models_stand_still(tmp_path, mo
     before = {name: tensor.clone() for name, tensor in parts.student.model.named_parameters()}
     take_one_step, calls = step._one_step, []
 
-    def spy(trainer, batch, taught=None):
-        assert take_one_step(trainer, batch, taught)
+    def spy(trainer, batch, watch, taught=None):
+        assert take_one_step(trainer, batch, watch, taught)
         calls.append(trainer)
         plain = float(1 + 2 * ((len(calls) - 1) // 3))  # a round has three calls
         asked = {"teacher": 3.0} if taught or trainer.method else {}
         return {"student": plain} | asked | ({"method": 1.0} if trainer.method else {})
 
     monkeypatch.setattr(step, "_one_step", spy)
-    monkeypatch.setattr(step, "_stock_step", lambda trainer, batch: lambda: {"student": 1.0})
+    monkeypatch.setattr(step, "_stock_step", lambda *_: lambda: {"student": 1.0})
     costs, refused = step.measure_steps(parts, {"asd": parts.run.methods}, rounds=2)
     row = {cost.name: cost for cost in costs}["asd"]
     assert not refused and len(calls) == 9
@@ -135,7 +135,7 @@ def test_variants_of_one_method_are_measured_and_other_sections_are_refused(tmp_
     arguments = ["step", "--config", str(file), "--variants", str(variants), "--rounds", "1"]
     assert run("benchmark", arguments) == 2
     assert "variant 'longer' has its own 'training'" in capsys.readouterr().err
-    assert run("benchmark", [*arguments, "--methods", "none,two,one"]) == 0
+    assert run("benchmark", [*arguments, "--methods", "none,two,one", "--cpu-time"]) == 0
     table = capsys.readouterr().out
     assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[-5:]] == [
         *("Transformers' own", "none", "none + teacher"),

@@ -45,6 +45,9 @@ def step(argv: list[str]) -> None:
         help="of the variants, or methods with their defaults (default: all variants, or all methods); the own work "
         "of the first is the measure of the others'",
     )
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count the CPU's time for this process, on a machine that is busy"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
     args = _parse(parser, argv)
     run = load_config(args.config, args.overrides)
@@ -54,7 +57,7 @@ def step(argv: list[str]) -> None:
     set_seed(run.training.seed)
     with tempfile.TemporaryDirectory() as folder:
         run.training.leave_no_trace(folder)
-        costs, refused = measure_steps(Parts(run), methods, args.rounds)
+        costs, refused = measure_steps(Parts(run), methods, args.rounds, args.cpu_time)
     print(format_costs(costs, refused))
     if args.json is not None:
         write_rows(
