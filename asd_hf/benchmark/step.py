@@ -169,8 +169,8 @@ def _one_step(
             loss = trainer.compute_loss(model, batch)
         with phase("backward"):
             loss.backward()
+        trainer._clip_grad_norm(model)
         with phase("optimizer"):
-            trainer._clip_grad_norm(model)
             trainer.optimizer.step()
             model.zero_grad()
     trainer.watch_attention(False)
