@@ -69,6 +69,9 @@ class TrainingConfig(TrainingArguments):
         True, "Compute the detection loss in one pass over all layers and images; false: by Transformers' own code"
     )
     ema_decay: float = _own(0.0, "Decay of a moving average of the student, evaluated and saved in ema/; 0: none")
+    log_phases: bool = _own(
+        False, "Log how long each phase of a step takes, which slows a step on a GPU, and the longest"
+    )
     early_stopping_patience: int = _own(0, "Stop after so many evaluations without a better AP; 0: never")
 
     def __post_init__(self) -> None:

@@ -29,6 +29,7 @@ from .evaluation import STATS, evaluate_detector
 from .fast_criterion import use_fast_criterion
 from .hub import public_config, write_model_card
 from .methods import CombinedMethod, DistillationMethod
+from .pace import Pace
 from .phases import phase
 from .student import SELF_TAUGHT
 
@@ -123,6 +124,9 @@ class DistillationTrainer(Trainer):
         if args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         self._scalars: dict[str, list[Tensor]] = defaultdict(list)
+        self.pace = Pace(args.device, args.log_phases)
+        self.add_callback(self.pace)
+        self.accelerator.backward = phase("backward")(self.accelerator.backward)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
         """Trainer's own; a finished run is loaded as it ended, where Trainer would take one more step.
@@ -181,6 +185,10 @@ class DistillationTrainer(Trainer):
             self._collect(outputs)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
+    def get_batch_samples(self, *args, **kwargs):
+        with self.pace.waiting():
+            return super().get_batch_samples(*args, **kwargs)
+
     def _collect(self, outputs: DistillerOutput) -> None:
         """Keeps this step's scalars on the device, until the next log averages them."""
         scalars = {f"loss/{name}": loss.detach() for name, loss in outputs.losses.items()}
@@ -230,6 +238,7 @@ class DistillationTrainer(Trainer):
         )
         return self.optimizer
 
+    @phase("optimizer")
     def _clip_grad_norm(self, model):
         """Student and method are clipped apart: a loud sampler must not shorten the student's step."""
         self.accelerator.unscale_gradients()
@@ -240,6 +249,8 @@ class DistillationTrainer(Trainer):
         return torch.nn.utils.clip_grad_norm_(distiller.student.parameters(), self.args.max_grad_norm)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self.pace.read()
         if "loss" in logs and self._scalars:
             means = torch.stack([torch.stack(v).float().mean() for v in self._scalars.values()])
             means = self.accelerator.reduce(means, reduction="mean").tolist()

@@ -11,7 +11,7 @@ LAYERS = [
     {"detectors"},
     {"criterion", "fast_criterion", "features", "losses", "matching", "questions", "sampling", "targets"},
     {"methods"},
-    {"classes", "distiller", "ema", "student", "data", "evaluation", "hub"},
+    {"classes", "distiller", "ema", "pace", "student", "data", "evaluation", "hub"},
     {"config", "trainer", "build", "doctor", "benchmark", "compare"},
     {"commands"},
 ]
