@@ -9,13 +9,16 @@ from itertools import repeat
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerState
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, IntervalStrategy, TrainOutput
 
+from . import stopping
+from .checkpoints import PARTIAL, clear, complete, moved_in, newest_checkpoint, publish, read_manifest, rotate
 from .classes import SharedClasses
 from .config import TrainingConfig
 from .criterion import DetectionCriterion
@@ -29,13 +32,16 @@ from .evaluation import STATS, evaluate_detector
 from .hub import public_config, write_model_card
 from .methods import CombinedMethod, DistillationMethod
 from .phases import phase
+from .randomness import RandomState
 from .student import SELF_TAUGHT
+from .vote import Vote
 
 logger = logging.getLogger(__name__)
 
 METHOD_WEIGHTS = "_method.safetensors"  # the underscore keeps it off the Hub: Trainer does not upload `_*`
 RUN_CONFIG = "asd_hf.yaml"
 EMA_FOLDER = "ema"
+LOG_WINDOW = "log_window_{rank}.safetensors"  # what is summed up for the next entry of the log
 
 
 class DistillationTrainer(Trainer):
@@ -62,6 +68,7 @@ class DistillationTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = False  # losses are means over a micro-batch: Trainer divides by the accumulation steps
+    _partial: Path | None = None  # where a checkpoint is being written
 
     def __init__(
         self,
@@ -124,36 +131,59 @@ class DistillationTrainer(Trainer):
         self._scalars: dict[str, list[Tensor]] = defaultdict(list)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
-        """Trainer's own; a finished run is loaded as it ended, where Trainer would take one more step.
+        """Trainer's own, which goes on from a checkpoint exactly, whenever that was written.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the newest one of the output folder.
+            resume_from_checkpoint: a checkpoint folder, or True for the newest whole one of the output folder.
 
         Raises:
-            UserError: there is no data or no checkpoint, the number of steps is not known, or the checkpoint is of
-                another student or method.
+            UserError: there is no data or no checkpoint, the number of steps is not known, or the checkpoint is
+                damaged or of other data, another student or method.
+            Stopped: by a signal; after the step, which is saved.
         """
-        resume_from_checkpoint = resume_from_checkpoint or None
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise UserError(f"{self.args.output_dir} holds no checkpoint to go on from")
         if self.train_dataset is None:
             raise UserError("training needs a train_dataset")
         if self.args.max_steps <= 0 and self.train_dataset.batches_per_epoch is None:
             raise UserError("the length of this data source is not known: set training.max_steps")
-        if resume_from_checkpoint is not None:
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-            *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
-            if state.global_step >= max_steps:
-                logger.info(
-                    "the run is complete: %s holds step %d of %d", resume_from_checkpoint, state.global_step, max_steps
-                )
-                self.state = state
-                best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
-                self._load_from_checkpoint(best or resume_from_checkpoint)
-                return TrainOutput(state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._vote = Vote(self.args.world_size)
+        self._left = self._random_state = self._closed_step = self._saved_step = None
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(resume_from_checkpoint)
+            self._left = self._check_data(resume_from_checkpoint)["left"]
+            self.args.eval_on_start = False  # it was done
+        with stopping.deferred():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _check_data(self, checkpoint: str) -> dict:
+        """The manifest of a checkpoint, if it was trained on this data; says what makes the order another one."""
+        manifest, here = read_manifest(Path(checkpoint)), self._order()
+        was = manifest["order"]
+        if was["data"] != here["data"]:
+            raise UserError(
+                f"{checkpoint} was trained on other data, or the data has changed since (fingerprint {was['data']}, "
+                f"now {here['data']}): set another training.output_dir, or restore the data"
+            )
+        changed = [f"{name} was {was[name]}, is {here[name]}" for name in here if was[name] != here[name]]
+        if changed:
+            logger.warning("%s: images come in another order than they would have: %s", checkpoint, ", ".join(changed))
+        return manifest
+
+    def _order(self) -> dict[str, str | int]:
+        """All that the order of the training images follows from."""
+        stream = self.train_dataset
+        return {
+            "data": stream.source.fingerprint,
+            "seed": stream.seed,
+            "ranks": stream.world_size,
+            "workers": stream.num_workers,
+            "batch size": stream.batch_size,
+            "accumulation steps": self.args.gradient_accumulation_steps,
+            "shuffle buffer": stream.shuffle_buffer,
+        }
 
     def watch_attention(self, watch: bool = True) -> None:
         """Lets those models show their attention whose attention the method asks for; or no longer."""
@@ -244,6 +274,8 @@ class DistillationTrainer(Trainer):
             means = self.accelerator.reduce(means, reduction="mean").tolist()
             logs |= dict(zip(self._scalars, means, strict=True))
             self._scalars.clear()
+        if "train_loss" in logs:  # of the whole training, not of its steps since it was last interrupted
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
     # -- data: the stream shards itself over ranks and workers, Accelerate never touches it ---------------------------
@@ -287,6 +319,8 @@ class DistillationTrainer(Trainer):
     ):
         """Tells the stream which epoch it is and where to begin in it."""
         resumed = resume_from_checkpoint is not None and epoch == epochs_trained
+        if resumed and self._take_up(resume_from_checkpoint, epoch, **kwargs):
+            return
         skipped = steps_trained_in_current_epoch if resumed else 0
         self.train_dataset.set_epoch(epoch)
         self.train_dataset.skip_batches = skipped
@@ -315,7 +349,8 @@ class DistillationTrainer(Trainer):
             models["ema_"] = self.ema_adapter
         for name, adapter in models.items():
             training = adapter.model.training
-            result, evaluator = self.evaluate_adapter(adapter, dataloader)
+            with stopping.deferred(False):
+                result, evaluator = self.evaluate_adapter(adapter, dataloader)
             adapter.model.train(training)
             metrics |= {f"{metric_key_prefix}_{name}{stat}": result[stat] for stat in STATS}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=evaluator.num_images)
@@ -339,12 +374,148 @@ class DistillationTrainer(Trainer):
             adapter.watch_attention()
         return evaluated
 
+    # -- checkpoints, and how they are taken up again -----------------------------------------------------------------
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        """Trainer's own, which closes each step and then each epoch; here the run stops if it was told to.
+
+        Raises:
+            Stopped: the step is saved, with what was still to be done at it.
+        """
+        control, step = self.control, self.state.global_step
+        self._at_epoch_end, self._closed_step = self._closed_step == step, step
+        self._due = {"evaluate": control.should_evaluate, "save": control.should_save}
+        # What an epoch's end brings need not be saved where the step is: it is done when that is taken up.
+        if stop := self._vote(stopping.requested()):
+            control.should_evaluate, control.should_save = False, self._saved_step != step
+        elif control.should_evaluate and self.args.world_size == 1:
+            try:
+                random_state = RandomState.now()
+                super()._maybe_log_save_evaluate(*args, **kwargs)
+            except stopping.Stopped:
+                random_state.restore()
+                if self._saved_step != step:
+                    self._save_checkpoint(self.model, None)
+                raise
+            return
+        else:
+            self._due = dict.fromkeys(self._due, False)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if stop:
+            raise stopping.stop()
+
+    def _evaluate(self, *args, **kwargs) -> dict[str, float]:
+        metrics = super()._evaluate(*args, **kwargs)
+        self._due = dict.fromkeys(self._due, False)
+        return metrics
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Trainer's own, written beside and named when it is complete; only then are older ones deleted.
+
+        Raises:
+            UserError: it could not be written; what was there before is as it was.
+        """
+        state, folder = self.state, Path(super()._get_output_dir(trial))
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        self._partial = folder / PARTIAL
+        partial = self._partial / checkpoint.name
+        try:
+            if self.args.should_save:
+                clear(self._partial)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            save_file(self._log_window(), partial / LOG_WINDOW.format(rank=self.args.process_index))
+            best = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+            if best == checkpoint or best.is_dir():
+                state.best_model_checkpoint = str(best)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                state.save_to_json(str(partial / TRAINER_STATE_NAME))
+                early = self.control.should_training_stop and state.global_step < state.max_steps
+                left = self._due | {"epoch_ended": self._at_epoch_end, "stopped_early": early}
+                complete(partial, {"step": state.global_step, "order": self._order(), "left": left})
+                publish(partial, checkpoint)
+                rotate(checkpoint, self.args.save_total_limit, state.best_model_checkpoint)
+            self.accelerator.wait_for_everyone()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            clear(self._partial)
+            raise UserError(f"{checkpoint} could not be written: {' '.join(str(error).split())[:200]}") from error
+        finally:
+            self._partial = None
+        self._saved_step = state.global_step
+
+    def _get_output_dir(self, trial) -> str:
+        return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
+
+    def _log_window(self) -> dict[str, Tensor]:
+        """What was summed up since the last entry of the log."""
+        return {f"scalars/{name}": torch.stack(values) for name, values in self._scalars.items()} | {
+            "loss": self._tr_loss,
+            "total_loss": torch.tensor(self._total_loss_scalar, dtype=torch.float64),
+            "last_logged": torch.tensor(self._globalstep_last_logged),
+        }
+
+    def _load_log_window(self, file: Path) -> None:
+        if not file.is_file():  # written by fewer ranks
+            return
+        window = load_file(file, device=str(self.args.device))
+        self._tr_loss = window.pop("loss")
+        self._total_loss_scalar = window.pop("total_loss").item()
+        self._globalstep_last_logged = window.pop("last_logged").item()
+        for name, values in window.items():
+            self._scalars[name.removeprefix("scalars/")] = list(values.unbind())
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, *args) -> tuple[int, int]:
+        epochs, batches = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args)
+        # All steps of an epoch are done, but its evaluation, say, is not.
+        left = self._left
+        self._epoch_is_open = left is not None and batches == 0 and (not left["epoch_ended"] or left["evaluate"])
+        return epochs - self._epoch_is_open, batches
+
+    def _take_up(
+        self, checkpoint, epoch, *, model, trial, ignore_keys_for_eval, start_time, num_update_steps_per_epoch, **_
+    ) -> bool:
+        """Does what was left to do at the checkpoint's step; whether the epoch is over with it, or the training."""
+        left, step = self._left, self.state.global_step
+        self._load_rng_state(checkpoint)
+        self._load_log_window(Path(checkpoint) / LOG_WINDOW.format(rank=self.args.process_index))
+        arguments = (self._tr_loss, None, model, trial, epoch, ignore_keys_for_eval, start_time)
+        self._saved_step, self._closed_step = step, step if left["epoch_ended"] else None
+        if left["evaluate"]:
+            self.control.should_evaluate, self.control.should_save = True, left["save"]
+            self._maybe_log_save_evaluate(*arguments)
+        self.control.should_training_stop |= left["stopped_early"] or step >= self.state.max_steps
+        at_the_end = step % num_update_steps_per_epoch == 0
+        if (at_the_end or self.control.should_training_stop) and not left["epoch_ended"]:
+            self._closed_step = step
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            self._maybe_log_save_evaluate(*arguments)
+        self._random_state = RandomState.now()
+        return self.control.should_training_stop or self._epoch_is_open
+
+    def _load_rng_state(self, checkpoint) -> None:
+        """Trainer's own; later, what the generators were when the checkpoint had been taken up."""
+        if self._random_state is None:
+            super()._load_rng_state(checkpoint)
+        else:
+            self._random_state.restore()
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        name = EarlyStoppingCallback.__name__
+        if (saved := self.state.stateful_callbacks.get(name)) is not None:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, EarlyStoppingCallback):  # as patient as now, but it has waited already
+                    callback.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+
     # -- what is saved: the student as a plain Transformers model, the method's weights beside it ---------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         distiller = self.accelerator.unwrap_model(self.model)
+        with moved_in(Path(output_dir or self.args.output_dir)) as folder:
+            self._write(folder, distiller)
+
+    def _write(self, folder: Path, distiller: Distiller) -> None:
         models = {folder: distiller.student}
         if self.ema is not None:
             models[folder / EMA_FOLDER] = self.ema.model

@@ -8,11 +8,12 @@ import asd_hf
 ROOT = Path(asd_hf.__file__).parent
 LAYERS = [
     {"errors", "registry", "ops", "distances", "phases"},
+    {"files", "checkpoints", "stopping", "vote", "randomness"},
     {"detectors"},
     {"criterion", "features", "matching", "questions", "sampling", "targets"},
     {"methods"},
     {"classes", "distiller", "ema", "student", "data", "evaluation", "hub"},
-    {"config", "trainer", "build", "doctor", "benchmark", "compare"},
+    {"config", "trainer", "build", "doctor", "benchmark", "compare", "selftest"},
     {"commands"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
