@@ -138,7 +138,7 @@ def survive_kills(train: Callable[[dict], None], sections: dict, kills: int, see
                 if doing is None:
                     break
                 result.kills[doing] += 1
-                result.half_written += (run.folder / PARTIAL).is_dir()
+                result.half_written += doing == Doing.SAVE and (run.folder / PARTIAL).is_dir()
                 bar.update()
             else:
                 run.start()

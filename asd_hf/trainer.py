@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, IntervalStrategy, TrainOutput
 
 from . import stopping
+from .bad_steps import FOLDER as BAD_STEPS
+from .bad_steps import Step, StepGuard, guard_loss, write_batches
 from .checkpoints import PARTIAL, clear, complete, moved_in, newest_checkpoint, publish, read_manifest, rotate
 from .classes import SharedClasses
 from .config import TrainingConfig
@@ -29,6 +32,7 @@ from .distiller import Distiller, DistillerOutput
 from .ema import EMACallback
 from .errors import UserError
 from .evaluation import STATS, evaluate_detector
+from .files import write_whole
 from .hub import public_config, write_model_card
 from .methods import CombinedMethod, DistillationMethod
 from .phases import phase
@@ -41,6 +45,7 @@ logger = logging.getLogger(__name__)
 METHOD_WEIGHTS = "_method.safetensors"  # the underscore keeps it off the Hub: Trainer does not upload `_*`
 RUN_CONFIG = "asd_hf.yaml"
 EMA_FOLDER = "ema"
+KEPT_BAD_STEPS = 3  # each is as large as the student
 LOG_WINDOW = "log_window_{rank}.safetensors"  # what is summed up for the next entry of the log
 
 
@@ -129,6 +134,8 @@ class DistillationTrainer(Trainer):
         if args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         self._scalars: dict[str, list[Tensor]] = defaultdict(list)
+        self.bad_steps = 0  # left out, since their loss or gradient is not finite
+        self._guard: StepGuard | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
         """Trainer's own, which goes on from a checkpoint exactly, whenever that was written.
@@ -150,7 +157,7 @@ class DistillationTrainer(Trainer):
         if self.args.max_steps <= 0 and self.train_dataset.batches_per_epoch is None:
             raise UserError("the length of this data source is not known: set training.max_steps")
         self._vote = Vote(self.args.world_size)
-        self._left = self._random_state = self._closed_step = self._saved_step = None
+        self._guard = self._left = self._random_state = self._closed_step = self._saved_step = None
         if resume_from_checkpoint:
             resume_from_checkpoint = str(resume_from_checkpoint)
             self._left = self._check_data(resume_from_checkpoint)["left"]
@@ -208,7 +215,70 @@ class DistillationTrainer(Trainer):
         )
         if self.args.logging_strategy != IntervalStrategy.NO:
             self._collect(outputs)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        loss = guard_loss(outputs.loss)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        if self._guards():
+            if self._guard is None:
+                self._guard = StepGuard(self.accelerator.unwrap_model(model), self.optimizer.optimizer)
+            if self._guard.step is None:
+                self._guard.begin(self.state.global_step)
+            self._guard.step.batches.append(inputs)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _guards(self) -> bool:
+        """Whether bad steps are left out here, and not by the scaler of fp16, which meets them as it goes."""
+        return self.optimizer is not None and self.accelerator.scaler is None
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Trainer's own, the last before the optimizer's step, which is left out if any norm is not finite.
+
+        Raises:
+            UserError: `training.max_bad_steps` were left out.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self._guards():
+            self._count_bad_steps(wait=True)  # the step before: it is known by now
+            finite = norm.isfinite()
+            if grad_norm is not None and self._method_norm is not None:
+                finite = finite & self._method_norm.isfinite()
+            self._guard.judge(finite)
+            self._count_bad_steps(wait=False)
+        return norm
+
+    def _count_bad_steps(self, wait: bool) -> None:
+        """Keeps and counts the bad step that the guard has heard of; `wait` for it to hear of the last one."""
+        if self._guard is None:
+            return
+        for step in self._guard.bad(wait):
+            self.bad_steps += 1
+            folder = Path(self.args.output_dir) / BAD_STEPS / f"step-{step.number + 1}"
+            if self.bad_steps <= KEPT_BAD_STEPS:
+                self._keep_bad_step(step, folder)
+            logger.warning(
+                "step %d was left out: its loss or gradient is not finite (%d of at most %d such steps)%s",
+                step.number + 1,
+                self.bad_steps,
+                self.args.max_bad_steps,
+                f"; `asd-hf replay {folder}` shows where" if self.bad_steps <= KEPT_BAD_STEPS else "",
+            )
+            if self.bad_steps >= self.args.max_bad_steps:
+                raise UserError(
+                    f"{self.bad_steps} steps had a loss or gradient that is not finite, the last of them step "
+                    f"{step.number + 1} (training.max_bad_steps): lower training.learning_rate, or see with "
+                    f"`asd-hf replay` what {folder.parent} holds of the first ones"
+                )
+
+    def _keep_bad_step(self, step: Step, folder: Path) -> None:
+        try:
+            write_batches(step, folder, self.args.process_index)
+            if self.args.should_save:
+                self._write(folder, self.accelerator.unwrap_model(self.model))
+                images = [[int(label["image_id"]) for label in batch["labels"]] for batch in step.batches]
+                write_whole(folder / "step.json", json.dumps({"step": step.number, "images": images}) + "\n")
+        except (OSError, SafetensorError) as error:  # a full disk must not end a training that goes on
+            logger.warning("%s could not be written: %s", folder, error)
 
     def _collect(self, outputs: DistillerOutput) -> None:
         """Keeps this step's scalars on the device, until the next log averages them."""
@@ -263,9 +333,12 @@ class DistillationTrainer(Trainer):
         """Student and method are clipped apart: a loud sampler must not shorten the student's step."""
         self.accelerator.unscale_gradients()
         distiller = self.accelerator.unwrap_model(model)
+        self._method_norm = None
         if distiller.method is not None and (own := list(distiller.method.parameters())):
             limit = self.args.method_max_grad_norm
-            torch.nn.utils.clip_grad_norm_(own, self.args.max_grad_norm if limit is None else limit)
+            self._method_norm = torch.nn.utils.clip_grad_norm_(
+                own, self.args.max_grad_norm if limit is None else limit
+            )
         return torch.nn.utils.clip_grad_norm_(distiller.student.parameters(), self.args.max_grad_norm)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -276,6 +349,8 @@ class DistillationTrainer(Trainer):
             self._scalars.clear()
         if "train_loss" in logs:  # of the whole training, not of its steps since it was last interrupted
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        if self.bad_steps:
+            logs["bad_steps"] = self.bad_steps
         super().log(logs, start_time)
 
     # -- data: the stream shards itself over ranks and workers, Accelerate never touches it ---------------------------
@@ -415,6 +490,7 @@ class DistillationTrainer(Trainer):
         Raises:
             UserError: it could not be written; what was there before is as it was.
         """
+        self._count_bad_steps(wait=True)
         state, folder = self.state, Path(super()._get_output_dir(trial))
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         self._partial = folder / PARTIAL
@@ -453,6 +529,7 @@ class DistillationTrainer(Trainer):
             "loss": self._tr_loss,
             "total_loss": torch.tensor(self._total_loss_scalar, dtype=torch.float64),
             "last_logged": torch.tensor(self._globalstep_last_logged),
+            "bad_steps": torch.tensor(self.bad_steps),
         }
 
     def _load_log_window(self, file: Path) -> None:
@@ -462,6 +539,7 @@ class DistillationTrainer(Trainer):
         self._tr_loss = window.pop("loss")
         self._total_loss_scalar = window.pop("total_loss").item()
         self._globalstep_last_logged = window.pop("last_logged").item()
+        self.bad_steps = window.pop("bad_steps").item()
         for name, values in window.items():
             self._scalars[name.removeprefix("scalars/")] = list(values.unbind())
 

@@ -12,8 +12,8 @@ LAYERS = [
     {"detectors"},
     {"criterion", "features", "matching", "questions", "sampling", "targets"},
     {"methods"},
-    {"classes", "distiller", "ema", "student", "data", "evaluation", "hub"},
-    {"config", "trainer", "build", "doctor", "benchmark", "compare", "selftest"},
+    {"classes", "distiller", "ema", "student", "data", "evaluation", "hub", "bad_steps"},
+    {"config", "trainer", "build", "doctor", "benchmark", "compare", "selftest", "replay"},
     {"commands"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -15,6 +15,7 @@ COMMANDS = {
     "doctor": "say before training what fits, what is adapted and what is refused",
     "compare": "train several methods with several seeds and say which is better",
     "benchmark": "measure what a training step costs under each method",
+    "replay": "repeat a step that was left out and say where it was not finite",
     "selftest": "kill a training at random moments and show that nothing is lost",
     "shard": "turn a data set into balanced Parquet shards in the Hub's layout",
     "make-shapes": "write the generated data set as a COCO folder",

@@ -221,8 +221,8 @@ def build_loader(stream: DetectionStream, num_workers: int | None = None, pin_me
         pin_memory=pin_memory,
         persistent_workers=stream.num_workers > 0,
         worker_init_fn=_outlive_signals,
-        # Of the workers' own seeds, which the stream has no use for. Drawn from the global generator, where a loader is
-        # begun, and so whether a run was interrupted, would change what the model draws.
+        # Of the workers' own seeds, which the stream has no use for. Drawn from the global generator, they would make
+        # what a model draws depend on where loaders are begun, and so on whether the run was interrupted.
         generator=torch.Generator(),
     )
 
