@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import UserError
 from .files import checksum, sync, write_whole
 
@@ -117,6 +119,16 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     if reason is not None:
         raise UserError(f"{folder} has no whole checkpoint ({reason}): delete the damaged ones to start anew")
     return None
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Within, what keeps a file from being written, a full disk say, becomes a UserError that names `folder`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder} cannot be written: {reason}; whole checkpoints are as they were") from error
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -28,12 +29,21 @@ _deferred = False
 _number: int | None = None  # the signal that came
 
 
-def handle_signals() -> None:
-    """From now on the first of `SIGNALS` raises `Stopped` in the main thread; a second one ends the process."""
+@contextmanager
+def handled() -> Iterator[None]:
+    """Within, the first of `SIGNALS` raises `Stopped`; a second one ends the process. For the main thread alone."""
     global _pid, _number
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     _pid, _number = os.getpid(), None
-    for number in SIGNALS:
-        signal.signal(number, _handle)
+    before = [signal.signal(number, _handle) for number in SIGNALS]
+    try:
+        yield
+    finally:
+        _number = None
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _handle(number: int, frame) -> None:

@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, In
 from . import stopping
 from .bad_steps import FOLDER as BAD_STEPS
 from .bad_steps import Step, StepGuard, guard_loss, write_batches
-from .checkpoints import PARTIAL, clear, complete, moved_in, newest_checkpoint, publish, read_manifest, rotate
+from .checkpoints import PARTIAL, clear, complete, moved_in, newest_checkpoint, publish, read_manifest, rotate, writing
 from .classes import SharedClasses
 from .config import TrainingConfig
 from .criterion import DetectionCriterion
@@ -451,13 +451,15 @@ class DistillationTrainer(Trainer):
 
     # -- checkpoints, and how they are taken up again -----------------------------------------------------------------
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, learning_rate=None) -> None:
         """Trainer's own, which closes each step and then each epoch; here the run stops if it was told to.
 
         Raises:
             Stopped: the step is saved, with what was still to be done at it.
         """
         control, step = self.control, self.state.global_step
+        arguments = (tr_loss, grad_norm, *args)
+        self._of_last_step = {"grad_norm": grad_norm, "learning_rate": learning_rate}
         self._at_epoch_end, self._closed_step = self._closed_step == step, step
         self._due = {"evaluate": control.should_evaluate, "save": control.should_save}
         # What an epoch's end brings need not be saved where the step is: it is done when that is taken up.
@@ -466,7 +468,7 @@ class DistillationTrainer(Trainer):
         elif control.should_evaluate and self.args.world_size == 1:
             try:
                 random_state = RandomState.now()
-                super()._maybe_log_save_evaluate(*args, **kwargs)
+                super()._maybe_log_save_evaluate(*arguments, learning_rate=learning_rate)
             except stopping.Stopped:
                 random_state.restore()
                 if self._saved_step != step:
@@ -475,7 +477,7 @@ class DistillationTrainer(Trainer):
             return
         else:
             self._due = dict.fromkeys(self._due, False)
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        super()._maybe_log_save_evaluate(*arguments, learning_rate=learning_rate)
         if stop:
             raise stopping.stop()
 
@@ -530,6 +532,7 @@ class DistillationTrainer(Trainer):
             "total_loss": torch.tensor(self._total_loss_scalar, dtype=torch.float64),
             "last_logged": torch.tensor(self._globalstep_last_logged),
             "bad_steps": torch.tensor(self.bad_steps),
+            **{name: torch.as_tensor(value, dtype=torch.float64) for name, value in self._of_last_step.items()},
         }
 
     def _load_log_window(self, file: Path) -> None:
@@ -540,6 +543,7 @@ class DistillationTrainer(Trainer):
         self._total_loss_scalar = window.pop("total_loss").item()
         self._globalstep_last_logged = window.pop("last_logged").item()
         self.bad_steps = window.pop("bad_steps").item()
+        self._of_last_step = {name: window.pop(name).item() for name in ("grad_norm", "learning_rate")}
         for name, values in window.items():
             self._scalars[name.removeprefix("scalars/")] = list(values.unbind())
 
@@ -557,17 +561,18 @@ class DistillationTrainer(Trainer):
         left, step = self._left, self.state.global_step
         self._load_rng_state(checkpoint)
         self._load_log_window(Path(checkpoint) / LOG_WINDOW.format(rank=self.args.process_index))
-        arguments = (self._tr_loss, None, model, trial, epoch, ignore_keys_for_eval, start_time)
+        last = self._of_last_step
+        arguments = (self._tr_loss, last["grad_norm"], model, trial, epoch, ignore_keys_for_eval, start_time)
         self._saved_step, self._closed_step = step, step if left["epoch_ended"] else None
         if left["evaluate"]:
             self.control.should_evaluate, self.control.should_save = True, left["save"]
-            self._maybe_log_save_evaluate(*arguments)
+            self._maybe_log_save_evaluate(*arguments, learning_rate=last["learning_rate"])
         self.control.should_training_stop |= left["stopped_early"] or step >= self.state.max_steps
         at_the_end = step % num_update_steps_per_epoch == 0
         if (at_the_end or self.control.should_training_stop) and not left["epoch_ended"]:
             self._closed_step = step
             self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
-            self._maybe_log_save_evaluate(*arguments)
+            self._maybe_log_save_evaluate(*arguments, learning_rate=last["learning_rate"])
         self._random_state = RandomState.now()
         return self.control.should_training_stop or self._epoch_is_open
 
@@ -590,8 +595,9 @@ class DistillationTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         distiller = self.accelerator.unwrap_model(self.model)
-        with moved_in(Path(output_dir or self.args.output_dir)) as folder:
-            self._write(folder, distiller)
+        folder = Path(output_dir or self.args.output_dir)
+        with writing(folder), moved_in(folder) as new:
+            self._write(new, distiller)
 
     def _write(self, folder: Path, distiller: Distiller) -> None:
         models = {folder: distiller.student}

@@ -7,7 +7,7 @@ from importlib import import_module
 
 from ..errors import UserError
 from ..registry import nearest
-from ..stopping import Stopped, handle_signals
+from ..stopping import Stopped, handled
 
 COMMANDS = {
     "train": "train a student, with or without a teacher",
@@ -27,16 +27,16 @@ def run(command: str, argv: list[str] | None = None) -> int:
 
     A user's mistake is one line on stderr and exit code 2; SIGTERM and SIGINT are one line, and 143 and 130.
     """
-    handle_signals()
     try:
-        import_module(f".{command.replace('-', '_')}", __name__).main(sys.argv[1:] if argv is None else argv)
+        with handled():
+            main = import_module(f".{command.replace('-', '_')}", __name__).main
+            return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         print(f"{stopped}; {stopped.advice}", file=sys.stderr)
         return 128 + stopped.number
-    return 0
 
 
 def cli() -> int:

@@ -11,7 +11,7 @@ from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from ..build import Parts
-from ..checkpoints import all_checkpoints, newest_checkpoint, read_manifest
+from ..checkpoints import all_checkpoints, newest_checkpoint, read_manifest, writing
 from ..config import NO_METHOD, RunConfig, build_methods, describe_config, load_config
 from ..data import resize_spec, teacher_view
 from ..doctor import check, report
@@ -51,6 +51,8 @@ def train(run: RunConfig) -> dict:
         the time of an image and the evaluation's "protocol".
     """
     args = run.training
+    with writing(Path(args.output_dir)):
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     checkpoint = _checkpoint(run)
     report_progress(args.process_index)
     set_seed(args.seed)
@@ -69,9 +71,10 @@ def train(run: RunConfig) -> dict:
     if trainer.is_world_process_zero():
         names = [name for name in ("teacher", "student", "ema") if name in metrics]
         print("\n" + format_table({name: metrics[name] for name in names}) + "\n")
-        write_whole(Path(args.output_dir) / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-        trainer.card = _card(parts, trainer, metrics)
-        trainer.create_model_card()
+        with writing(Path(args.output_dir)):
+            write_whole(Path(args.output_dir) / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+            trainer.card = _card(parts, trainer, metrics)
+            trainer.create_model_card()
         print(f"student, metrics.json, model card and configuration are in {args.output_dir}")
     if args.push_to_hub:
         call_hub(trainer.push_to_hub, f"the student is complete in {args.output_dir}")
