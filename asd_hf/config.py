@@ -72,6 +72,9 @@ class TrainingConfig(TrainingArguments):
     log_phases: bool = _own(
         False, "Log how long each phase of a step takes, which slows a step on a GPU, and the longest"
     )
+    max_bad_steps: int = _own(
+        10, "Stop after so many steps whose loss or gradient is not finite; each is left out and logged"
+    )
     early_stopping_patience: int = _own(0, "Stop after so many evaluations without a better AP; 0: never")
 
     def __post_init__(self) -> None:
@@ -88,6 +91,8 @@ class TrainingConfig(TrainingArguments):
             )
         if self.early_stopping_patience and self.eval_strategy == IntervalStrategy.NO:
             raise UserError("training.early_stopping_patience needs evaluations: set training.eval_strategy")
+        if self.max_bad_steps < 1:
+            raise UserError(f"training.max_bad_steps must be 1 or more, not {self.max_bad_steps}")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"training.ema_decay must be in [0, 1), not {self.ema_decay}")
         for name in ("use_liger_kernel", "auto_find_batch_size", "label_smoothing_factor", "neftune_noise_alpha"):

@@ -150,12 +150,23 @@ def call_hub(call: Callable[[], T], advice: str, attempts: int = 4, wait: float 
     for attempt in range(1, attempts + 1):
         try:
             return call()
-        except HTTPError as error:
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 503
+        except UserError:
+            raise
+        except (HTTPError, OSError, RuntimeError, ValueError) as error:
+            status = _status(error)
             if attempt == attempts or (status < 500 and status != 429):
                 reason = " ".join(str(error).split())
                 raise UserError(f"the Hub: {reason}; {advice}") from error
             time.sleep(wait * 2 ** (attempt - 1))
+
+
+def _status(error: BaseException) -> int:
+    """As HTTP has it: that of the answer behind `error`, or 503 where there was none."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code
+    if error.__cause__ is not None:  # the upload of a large file wraps what went wrong
+        return _status(error.__cause__)
+    return 400 if isinstance(error, ValueError) else 503
 
 
 def is_hub_id(name: str) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import resource
 import shutil
@@ -21,14 +20,15 @@ import torch
 import yaml
 from filelock import FileLock
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import __version__
 from ..build import Parts
+from ..checkpoints import newest_checkpoint
 from ..config import build_config
 from ..errors import UserError
 from ..evaluation import STATS, TOP_K
 from ..evaluation.bootstrap import bootstrap_ap
+from ..files import write_whole
 from ..trainer import DistillationTrainer
 from .plan import Plan
 
@@ -68,7 +68,7 @@ def train_and_record(plan: Plan, folder: Path) -> dict:
     trainer.remove_callback(PrinterCallback)
     clock = Clock()
     trainer.add_callback(clock)
-    trainer.train(resume_from_checkpoint=_newest_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
     costs = _costs(trainer, clock)
     trainer.watch_attention(False)
     trainer.save_model(_internal_call=True)
@@ -87,12 +87,6 @@ def train_and_record(plan: Plan, folder: Path) -> dict:
         "versions": {"asd_hf": __version__, "python": platform.python_version()}
         | {name: version(name) for name in _PACKAGES},
     }
-
-
-def _newest_checkpoint(folder: Path) -> str | None:
-    """The last one that is whole: Trainer writes its own state last."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
 def sha256(model: PreTrainedModel) -> str:
@@ -238,14 +232,6 @@ def _curves(history: list[dict], costs: dict, metrics: dict) -> dict[str, list[d
 def _short(entry: dict) -> dict:
     """Numbers at five digits: records are kept in repositories."""
     return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in entry.items()}
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes beside and renames, so that a file that exists is whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f"{file.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)
 
 
 def main(folder: Path, record: Path) -> int:
