@@ -40,6 +40,7 @@ from .pace import Pace
 from .phases import phase
 from .randomness import RandomState
 from .student import SELF_TAUGHT
+from .teacher_cache import TeacherCache
 from .vote import Vote
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,9 @@ class DistillationTrainer(Trainer):
 
     Args:
         student: adapter of the model to train. What must not be trained has `requires_grad` off already.
-        teacher: adapter of the teacher, which is frozen and put into eval mode; "ema" for the moving average of the
-            student, see `args.ema_decay`; `None` to train on the labels alone.
+        teacher: adapter of the teacher, which is frozen and put into eval mode; its predictions on disk, which the
+            `RowTransform` of `train_dataset` must have as well; "ema" for the moving average of the student, see
+            `args.ema_decay`; `None` to train on the labels alone.
         method: what makes the student imitate the teacher; `None` if and only if `teacher` is.
         args: TrainingConfig.
         train_dataset: stream of training samples; its class indices are the student's.
@@ -80,7 +82,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         student: DetectorAdapter,
-        teacher: DetectorAdapter | str | None,
+        teacher: DetectorAdapter | TeacherCache | str | None,
         method: DistillationMethod | CombinedMethod | None,
         args: TrainingConfig,
         train_dataset: DetectionStream | None = None,
@@ -129,7 +131,11 @@ class DistillationTrainer(Trainer):
             self.ema = EMACallback(student.model, args.ema_decay)
             self.add_callback(self.ema)
             self.ema_adapter = get_adapter(self.ema.model, student.processor)
+        self.cache = teacher if isinstance(teacher, TeacherCache) else None
         self.teacher: DetectorAdapter | None = self.ema_adapter if teacher == SELF_TAUGHT else teacher
+        if self.cache is not None:
+            self.cache.check(method)
+            self.teacher = None
         if self.teacher is not None:
             self.teacher.model.requires_grad_(False).eval().to(args.device)
         self.watch_attention()
@@ -304,6 +310,11 @@ class DistillationTrainer(Trainer):
     @torch.no_grad()
     def ask_teacher(self, inputs: dict) -> DetectorOutput | None:
         """The teacher's predictions on its own view of a batch, reduced to the classes that it shares."""
+        if self.cache is not None:
+            if "teacher" not in inputs:
+                raise UserError("the training samples lack the teacher's predictions: give RowTransform predictions")
+            with phase("teacher"):
+                return self.classes.teacher(self.cache(inputs["teacher"]))
         if self.teacher is None:
             return None
         view = "teacher_" if "teacher_pixel_values" in inputs else ""

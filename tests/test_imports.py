@@ -12,7 +12,7 @@ LAYERS = [
     {"detectors"},
     {"criterion", "fast_criterion", "features", "losses", "matching", "questions", "sampling", "targets"},
     {"methods"},
-    {"classes", "distiller", "ema", "pace", "student", "data", "evaluation", "hub", "bad_steps"},
+    {"classes", "distiller", "ema", "pace", "student", "data", "evaluation", "hub", "bad_steps", "teacher_cache"},
     {"config", "trainer", "build", "doctor", "benchmark", "compare", "selftest", "replay"},
     {"commands"},
 ]

@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a student, with or without a teacher",
     "evaluate": "COCO numbers of a model on a data set",
     "doctor": "say before training what fits, what is adapted and what is refused",
+    "cache": "write the teacher's predictions to disk, to train without the teacher",
     "compare": "train several methods with several seeds and say which is better",
     "benchmark": "measure what a training step costs under each method",
     "replay": "repeat a step that was left out and say where it was not finite",

@@ -157,6 +157,12 @@ def _final_metrics(trainer: DistillationTrainer, parts: Parts) -> dict:
     return metrics
 
 
+def _teacher_info(parts: Parts) -> dict | None:
+    if parts.self_taught or parts.teacher_spec is None:
+        return None
+    return {"id": parts.run.model.teacher, "cache": None if parts.cache is None else parts.cache.manifest.kind}
+
+
 def _card(parts: Parts, trainer: DistillationTrainer, metrics: dict) -> dict:
     """What `write_model_card` wants to know."""
     run = parts.run
@@ -169,7 +175,7 @@ def _card(parts: Parts, trainer: DistillationTrainer, metrics: dict) -> dict:
             "architecture": type(parts.student.model).__name__,
             "weights_from": [w for w in weights_from if w is not None],
         },
-        "teacher_info": None if parts.teacher is None else {"id": run.model.teacher},
+        "teacher_info": _teacher_info(parts),
         "method_papers": [get_method(name).paper for name in run.methods],
         "metrics": {k: v for k, v in metrics.items() if k != "protocol"},
         "protocol": metrics["protocol"],

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import resource
@@ -29,6 +28,7 @@ from ..errors import UserError
 from ..evaluation import STATS, TOP_K
 from ..evaluation.bootstrap import bootstrap_ap
 from ..files import write_whole
+from ..teacher_cache import weights_sha256
 from ..trainer import DistillationTrainer
 from .plan import Plan
 
@@ -63,7 +63,7 @@ def train_and_record(plan: Plan, folder: Path) -> dict:
         args.max_steps = _steps_in_budget(plan, folder)
     parts = Parts(run)
     student = _fresh_student(parts, args.seed)
-    digest = sha256(student)
+    digest = weights_sha256(student)
     trainer = parts.trainer()
     trainer.remove_callback(PrinterCallback)
     clock = Clock()
@@ -89,18 +89,9 @@ def train_and_record(plan: Plan, folder: Path) -> dict:
     }
 
 
-def sha256(model: PreTrainedModel) -> str:
-    """Of all weights and buffers, by name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
 def _fresh_student(parts: Parts, seed: int) -> PreTrainedModel:
     """The student of a seed, whatever teacher was loaded before it."""
-    parts.teacher  # noqa: B018  loading may draw random numbers
+    parts.teacher_spec  # noqa: B018  loading the teacher may draw random numbers
     set_seed(seed)
     return parts.student.model
 
@@ -191,10 +182,16 @@ def _numbers(trainer: DistillationTrainer, parts: Parts) -> dict:
         "num_images": evaluator.num_images,
         "data_fingerprint": protocol["fingerprint"],
         "teacher": teacher,
-        "teacher_sha256": None if parts.teacher is None else sha256(parts.teacher.model),
+        "teacher_sha256": _teacher_sha256(parts),
         "judged": "student" if trainer.ema is None else "ema",
         "protocol": protocol,
     }
+
+
+def _teacher_sha256(parts: Parts) -> str | None:
+    if parts.cache is not None:
+        return parts.cache.manifest.teacher_sha256
+    return None if parts.teacher is None else weights_sha256(parts.teacher.model)
 
 
 def _costs(trainer: DistillationTrainer, clock: Clock) -> dict:

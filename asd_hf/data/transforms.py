@@ -9,7 +9,7 @@ import io
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -45,6 +45,24 @@ def draw_geometry(config: DataConfig, height: int, width: int) -> Geometry:
         return Geometry(flip, window, tuple(config.fixed_size))
     size = config.train_sizes[int(torch.randint(len(config.train_sizes), ()))]
     return Geometry(flip, window, resized(*window[2:], size, config.max_size))
+
+
+def count_geometries(config: DataConfig) -> int | None:
+    """How many geometries the teacher can see of a training image: 1, 2 (as it is and flipped), or None for many."""
+    one_size = config.resize == "fixed" or config.teacher_size is not None or len(set(config.train_sizes)) == 1
+    if config.augmentation == "detr" or not one_size:
+        return None
+    return 2 if config.augmentation == "flip" else 1
+
+
+def teacher_pixels(image: Tensor, geometry: Geometry, config: DataConfig) -> Tensor:
+    """What the teacher sees of the pixels of an image, uint8 (3, h', w'), in training under `config`."""
+    image = F.horizontal_flip(image) if geometry.flip else image
+    image = F.crop(image, *geometry.window)
+    size = geometry.size
+    if config.teacher_size is not None:
+        size = evaluation_size(teacher_view(config), *geometry.window[2:])
+    return F.resize(image, size, antialias=True)
 
 
 def evaluation_size(config: DataConfig, height: int, width: int) -> tuple[int, int]:
@@ -90,6 +108,16 @@ def resize_spec(config: DataConfig) -> dict[str, int]:
     return {"shortest_edge": config.eval_size, "longest_edge": config.max_size}
 
 
+class Predictions(Protocol):
+    """What a teacher on disk said of the images, in the place of its view of them."""
+
+    def draw_epoch(self, epoch: int) -> int:
+        """The epoch whose random choices the images have in `epoch`."""
+
+    def read(self, image_id: int, epoch: int, geometry: Geometry, size: tuple[int, int]) -> dict[str, Tensor]:
+        """The tensors of an image of `size` (height, width) under `geometry`."""
+
+
 class RowTransform:
     """Turns an encoded row of a `Source` into a sample for `collate`.
 
@@ -102,11 +130,19 @@ class RowTransform:
             the labels carry the ground truth for evaluation. The teacher is evaluated with `teacher_view(config)`.
         label_map: the model's class index of each class index of the source, for labels and ground truth; None keeps
             the source's.
+        predictions: of the teacher, to be added to each training sample in place of the teacher's view.
     """
 
-    def __init__(self, config: DataConfig, training: bool, seed: int = 0, label_map: list[int] | None = None) -> None:
-        self.config, self.training = config, training
-        self.teacher = teacher_view(config) if training and config.teacher_size is not None else None
+    def __init__(
+        self,
+        config: DataConfig,
+        training: bool,
+        seed: int = 0,
+        label_map: list[int] | None = None,
+        predictions: Predictions | None = None,
+    ) -> None:
+        self.config, self.training, self.predictions = config, training, predictions
+        self.shows_teacher = training and config.teacher_size is not None and predictions is None
         self.seed, self.epoch = seed, 0
         self.label_map = None if label_map is None else torch.tensor(label_map)
 
@@ -116,7 +152,7 @@ class RowTransform:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """One sample: `pixel_values` uint8 (3, h, w), `labels` as the collated batch has them, and the teacher's view
-        `teacher_pixel_values` uint8 (3, h', w') where there is one.
+        `teacher_pixel_values` uint8 (3, h', w') where there is one, or the `teacher`'s predictions.
 
         Raises:
             UserError: the image cannot be decoded, has another size than its annotation says, or is to be evaluated
@@ -129,7 +165,7 @@ class RowTransform:
             )
         labelled = objects is not None
         objects = objects if labelled else {"bbox": [], "category": [], "iscrowd": []}
-        image = decode(row)
+        image = original = decode(row)
         height, width = image.shape[-2:]
         categories = torch.tensor(objects["category"], dtype=torch.int64)
         if self.label_map is not None:
@@ -141,7 +177,8 @@ class RowTransform:
         boxes = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(height, width))
         boxes = F.clamp_bounding_boxes(boxes, clamping_mode="hard")
         if self.training:
-            with seeded(self.seed, self.epoch, row["image_id"]):
+            epoch = self.epoch if self.predictions is None else self.predictions.draw_epoch(self.epoch)
+            with seeded(self.seed, epoch, row["image_id"]):
                 geometry = draw_geometry(self.config, height, width)
         else:
             geometry = Geometry(False, (0, 0, height, width), evaluation_size(self.config, height, width))
@@ -165,8 +202,10 @@ class RowTransform:
             area = torch.tensor(objects["area"], dtype=torch.float64)
             labels["ground_truth"] = torch.cat([raw, torch.stack([area, crowd.double(), categories.double()], 1)], 1)
         sample = {"pixel_values": F.resize(image, geometry.size, antialias=True), "labels": labels}
-        if self.teacher is not None:
-            sample["teacher_pixel_values"] = F.resize(image, evaluation_size(self.teacher, h, w), antialias=True)
+        if self.shows_teacher:
+            sample["teacher_pixel_values"] = teacher_pixels(original, geometry, self.config)
+        if self.training and self.predictions is not None:
+            sample["teacher"] = self.predictions.read(row["image_id"], self.epoch, geometry, (height, width))
         return sample
 
 
