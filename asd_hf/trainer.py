@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOu
 from .classes import SharedClasses
 from .config import TrainingConfig
 from .criterion import DetectionCriterion
-from .data import DetectionStream, build_loader
+from .data import DetectionStream, build_loader, require_same, summary, write_left_out
 from .detectors import get_adapter
 from .detectors.base import DetectorAdapter, DetectorOutput
 from .distiller import Distiller, DistillerOutput
@@ -142,7 +142,9 @@ class DistillationTrainer(Trainer):
             raise UserError("training needs a train_dataset")
         if self.args.max_steps <= 0 and self.train_dataset.batches_per_epoch is None:
             raise UserError("the length of this data source is not known: set training.max_steps")
+        source = self.train_dataset.source
         if resume_from_checkpoint is not None:
+            require_same(Path(resume_from_checkpoint).parent, source.faults)
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
             *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
             if state.global_step >= max_steps:
@@ -153,7 +155,12 @@ class DistillationTrainer(Trainer):
                 best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
                 self._load_from_checkpoint(best or resume_from_checkpoint)
                 return TrainOutput(state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.is_world_process_zero():
+            write_left_out(Path(self.args.output_dir), source.faults)
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if text := summary(source):
+            logger.info("training data: %s", text)
+        return output
 
     def watch_attention(self, watch: bool = True) -> None:
         """Lets those models show their attention whose attention the method asks for; or no longer."""

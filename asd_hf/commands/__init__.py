@@ -14,19 +14,20 @@ COMMANDS = {
     "doctor": "say before training what fits, what is adapted and what is refused",
     "compare": "train several methods with several seeds and say which is better",
     "benchmark": "measure what a training step costs under each method",
+    "check-data": "read a data set whole and list what is wrong with it",
     "shard": "turn a data set into balanced Parquet shards in the Hub's layout",
     "make-shapes": "write the generated data set as a COCO folder",
 }
 
 
 def run(command: str, argv: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code; a user's mistake is one line on stderr and exit code 2."""
+    """Runs a command and returns its exit code, 0 by default; a user's mistake is one line on stderr and code 2."""
     try:
-        import_module(f".{command.replace('-', '_')}", __name__).main(sys.argv[1:] if argv is None else argv)
+        main = import_module(f".{command.replace('-', '_')}", __name__).main
+        return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def cli() -> int:
