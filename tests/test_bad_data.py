@@ -30,7 +30,7 @@ from asd_hf.data import (
     open_source,
     open_training_source,
 )
-from asd_hf.data.check import check_source, leave_out
+from asd_hf.data.check import check_source, leave_out, require_whole
 from asd_hf.data.faults import NOTES, REMEDIES, box_note
 from asd_hf.data.rows import read_rows
 from asd_hf.errors import UserError
@@ -163,6 +163,7 @@ FAULTS = {
     "box of strings": ("box", of_annotation(bbox=["1", "2", "3", "4"])),
     "area": ("box", of_annotation(area="large")),
     "crowd": ("box", of_annotation(iscrowd="no")),
+    "10,000 boxes": ("many boxes", crowded),
     "unknown category": ("category", of_annotation(category_id=99)),
     "category of a list": ("category", of_annotation(category_id=[3])),
 }
@@ -180,7 +181,6 @@ SOUND = {
     "no size": ("box without area", of_annotation(bbox=[1, 2, 0, 4])),
     "outside": ("box without area", of_annotation(bbox=[1000, 2, 5, 4])),
     "beyond": ("clipped box", of_annotation(bbox=[1, 2, 1e300, 4])),
-    "10,000 boxes": ("many boxes", crowded),
     "huge area": (None, of_annotation(area=1e300)),
 }
 
@@ -253,6 +253,17 @@ def test_an_annotation_of_no_image(tmp_path, capsys):
     assert checked(capsys, root, "--split", "train")[0] == 1
     source = open_training_source(DataConfig(source=str(root), **LENIENT))
     assert len(samples(source)) == len(ROWS) and [f.kind for f in source.faults] == ["annotation"]
+
+
+def test_an_image_of_many_boxes_is_evaluated_and_trained_on_if_asked(tmp_path):
+    root = broken(tmp_path / "coco", crowded)
+    source = open_source(str(root), "train")
+    assert len(samples(source, training=False)[BAD["image_id"]]["labels"]["ground_truth"]) > 10_000
+    require_whole(source)
+    config = DataConfig(source=str(root), max_boxes=20_000, **LENIENT)
+    assert not open_training_source(config).faults
+    sample = RowTransform(config, training=True)(list(read_rows(source.stream))[2])
+    assert len(sample["labels"]["boxes"]) > 9_000
 
 
 def test_an_image_with_several_bad_annotations_is_one_row(tmp_path):

@@ -40,7 +40,10 @@ def main(argv: list[str]) -> int:
     openers = {split: partial(open_source, config.source, split, config, keep_bad=True) for split in splits}
     if config.unlabelled is not None:
         openers[f"unlabelled, {config.unlabelled}"] = partial(open_unlabelled, config.unlabelled, keep_bad=True)
-    found = {name: _check(opener, args.workers) for name, opener in openers.items()}
+    found = {
+        name: _check(opener, None if name == config.eval_split else config.max_boxes, args.workers)
+        for name, opener in openers.items()
+    }
     for name, report in found.items():
         print(f"{name}: {report if isinstance(report, str) else format_report(report)}")
     if args.json is not None:
@@ -50,10 +53,10 @@ def main(argv: list[str]) -> int:
     return int(any(isinstance(report, str) or report.faults for report in found.values()))
 
 
-def _check(opener: Callable[[], Source], workers: int | None) -> Report | str:
+def _check(opener: Callable[[], Source], max_boxes: int | None, workers: int | None) -> Report | str:
     """The report, or why there can be none."""
     try:
-        return check_source(opener(), fresh=True, workers=workers)
+        return check_source(opener(), max_boxes, fresh=True, workers=workers)
     except UserError as error:
         return str(error)
 

@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,9 @@ from tqdm.auto import tqdm
 
 from ..errors import UserError
 from .cache import build_once, cache_root, digest
-from .faults import MANY_BOXES, NOTES, BadRow, Fault, box_note, first_of
+from .faults import NOTES, BadRow, Fault, box_note, first_of
 from .rows import Source, read_rows, stream_of
-from .transforms import decode
+from .transforms import check_boxes, decode
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +56,17 @@ class Report:
     examples: list[Fault]
 
 
-def check_source(source: Source, fresh: bool = False, workers: int | None = None, progress: bool = True) -> Report:
+def check_source(
+    source: Source,
+    max_boxes: int | None = None,
+    fresh: bool = False,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Report:
     """Reads and decodes every row of a source whose reader keeps bad rows. Reports are stored and built once.
 
     Args:
+        max_boxes: an image with more is bad; None for images that are not trained on.
         fresh: read all anew, whatever is stored.
         workers: threads; by default one for each CPU, at most `THREADS`.
 
@@ -67,13 +75,13 @@ def check_source(source: Source, fresh: bool = False, workers: int | None = None
     """
     stats = [_stat(path) for path in source.files]
     faults = [asdict(fault) for fault in source.faults]
-    key = digest(CHECK_VERSION, source.fingerprint, source.shard_lengths, faults, stats)
+    key = digest(CHECK_VERSION, max_boxes, source.fingerprint, source.shard_lengths, faults, stats)
     folder = cache_root() / "checked" / key
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
 
     def build(new: Path) -> None:
-        report = _read_all(source, workers or min(THREADS, os.cpu_count() or 1), progress)
+        report = _read_all(source, max_boxes, workers or min(THREADS, os.cpu_count() or 1), progress)
         new.mkdir()
         (new / "report.json").write_text(json.dumps(asdict(report)))
 
@@ -83,13 +91,13 @@ def check_source(source: Source, fresh: bool = False, workers: int | None = None
     return Report(**stored | {"places": [tuple(place) for place in stored["places"]]})
 
 
-def leave_out(source: Source, max_share: float) -> Source:
+def leave_out(source: Source, max_share: float, max_boxes: int | None = None) -> Source:
     """The source without its bad rows, which its `faults` then list; with the same stream if there are none.
 
     Raises:
-        UserError: they are more than `max_share` of all rows, or all of them.
+        UserError: they are more than `max_share` (below 1) of all rows.
     """
-    report = check_source(source)
+    report = check_source(source, max_boxes)
     for kind, number in report.notes.items():
         if source.notes.get(kind) != number:  # it has not been said when the source was opened
             logger.warning("%d x %s: %s", number, kind, NOTES[kind])
@@ -97,7 +105,7 @@ def leave_out(source: Source, max_share: float) -> Source:
     if not report.faults:
         return source
     count = len(report.faults)
-    if count > max_share * report.num_rows or len(report.places) == report.num_rows:
+    if count > max_share * report.num_rows:
         raise UserError(
             f"{count} of {report.num_rows} rows are bad, more than data.max_bad_share={max_share:g} allows: "
             f"{first_of(report.faults)}"
@@ -203,7 +211,7 @@ def _stat(path: Path) -> tuple[int, int] | None:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _read_all(source: Source, workers: int, progress: bool) -> Report:
+def _read_all(source: Source, max_boxes: int | None, workers: int, progress: bool) -> Report:
     known = len(source.faults)
     report = Report(known, list(source.faults), [], {}, [])
     seen: dict[int, int] = {}  # image id -> its row
@@ -212,7 +220,7 @@ def _read_all(source: Source, workers: int, progress: bool) -> Report:
         tqdm(total=source.num_rows, desc="check", unit="image", leave=False, disable=not progress) as bar,
     ):
         for shard in range(source.stream.num_shards):
-            found = _ahead(pool, _examine, _shard(source.stream, shard), 4 * workers)
+            found = _ahead(pool, partial(_examine, max_boxes=max_boxes), _shard(source.stream, shard), 4 * workers)
             for position, (image_id, file, fault, notes) in enumerate(found):
                 if fault is None and image_id in seen:
                     why = f"image {image_id} ({file or 'no file name'}) has the id of row {seen[image_id]}"
@@ -240,23 +248,22 @@ def _ahead(pool: ThreadPoolExecutor, work: Callable, items: Iterable, count: int
         pending.extend(pool.submit(work, item) for item in islice(items, 1))
 
 
-def _examine(row: dict[str, Any]) -> tuple[int | None, str | None, Fault | None, dict[str, int]]:
+def _examine(row: dict[str, Any], max_boxes: int | None) -> tuple[int | None, str | None, Fault | None, Counter]:
     """(image id, file, fault, number of boxes or images under each note) of one row."""
     if (fault := row.get("fault")) is not None:
-        return fault.image_id, fault.file, fault, {}
+        return fault.image_id, fault.file, fault, Counter()
     image_id, image = row["image_id"], row["image"]
     try:
+        check_boxes(row, max_boxes)
         height, width = decode(row).shape[-2:]
     except BadRow as error:
-        return image_id, image["path"], Fault(error.kind, image_id, image["path"], str(error)), {}
+        return image_id, image["path"], Fault(error.kind, image_id, image["path"], str(error)), Counter()
     notes = Counter()
     if _is_turned(image):
         notes["EXIF orientation"] += 1
     if row["objects"] is not None:
         notes.update(filter(None, (box_note(box, width, height) for box in row["objects"]["bbox"])))
-        if len(row["objects"]["bbox"]) > MANY_BOXES:
-            notes["many boxes"] += 1
-    return image_id, image["path"], None, dict(notes)
+    return image_id, image["path"], None, notes
 
 
 def _is_turned(image: dict[str, Any]) -> bool:

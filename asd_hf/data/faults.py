@@ -20,6 +20,7 @@ REMEDIES = {
     "image id": "give each image a whole number of its own below 2^62",
     "stated size": "state width and height as whole numbers of pixels, or leave them out",
     "box": "correct or remove the annotation",
+    "many boxes": "cut the image into tiles, or set data.max_boxes",
     "category": "list the category, or remove the annotation",
     "annotation": "list its image, or remove the annotation",
     "row": "correct the row as the documentation of data.source has it, or remove it",
@@ -28,10 +29,8 @@ REMEDIES = {
 NOTES = {
     "box without area": "gives no label in training, stays in the ground truth: remove it",
     "clipped box": "reaches more than a pixel beyond its image and is cut there: is its size that of this image?",
-    "many boxes": "a detector finds no more objects than it has queries: cut the image into tiles",
     "EXIF orientation": "is ignored, as COCO's boxes are: were these drawn on the turned image?",
 }
-MANY_BOXES = 1000  # in one image
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def open_training_source(config: DataConfig) -> Source:
     labelled = unlabelled = None
     if config.train_split is not None:
         labelled = open_source(config.source, config.train_split, config, keep_bad=skip)
-        labelled = leave_out(labelled, config.max_bad_share) if skip else labelled
+        labelled = leave_out(labelled, config.max_bad_share, config.max_boxes) if skip else labelled
     if config.unlabelled is not None:
         unlabelled = open_unlabelled(config.unlabelled, keep_bad=skip)
         unlabelled = mark_unlabelled(leave_out(unlabelled, config.max_bad_share) if skip else unlabelled)

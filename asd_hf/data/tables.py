@@ -323,8 +323,8 @@ class TableReader:
     folder: Path | None
     repository: str | None
     name: str
-    files: list[str] | None
-    keep_bad: bool
+    files: list[str] | None = None  # of each shard, for messages
+    keep_bad: bool = False
 
     def __call__(self, shard: int) -> Iterator[dict[str, Any]]:
         first = shard * UNKNOWN_LENGTH if self.lengths is None else sum(self.lengths[:shard])

@@ -120,14 +120,16 @@ class RowTransform:
         `teacher_pixel_values` uint8 (3, h', w') where there is one.
 
         Raises:
-            UserError: the image cannot be decoded, has another size than its annotation says, or is to be evaluated
-                and has no annotations.
+            UserError: the image cannot be decoded, has another size than its annotation says, has too many boxes to
+                train on, or is to be evaluated and has no annotations.
         """
         objects = row["objects"]
         if objects is None and not self.training:
             raise UserError(
                 f"{_name(row)} of split {self.config.eval_split!r} has no annotations: it cannot be evaluated"
             )
+        if self.training:
+            check_boxes(row, self.config.max_boxes)
         labelled = objects is not None
         objects = objects if labelled else {"bbox": [], "category": [], "iscrowd": []}
         image = decode(row)
@@ -208,6 +210,13 @@ def decode(row: dict[str, Any]) -> Tensor:
             "correct the annotation (its boxes may belong to another size or orientation)",
         )
     return pixels
+
+
+def check_boxes(row: dict[str, Any], most: int | None) -> None:
+    """Raises BadRow if the image of a row has more boxes than `most`, if that is given."""
+    count = 0 if row["objects"] is None else len(row["objects"]["bbox"])
+    if most is not None and count > most:
+        raise BadRow("many boxes", f"{_name(row)} has {count:,} boxes, more than data.max_boxes={most}")
 
 
 def _name(row: dict[str, Any]) -> str:
