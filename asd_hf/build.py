@@ -14,6 +14,7 @@ from .data import (
     Source,
     open_source,
     open_training_source,
+    require_whole,
     resize_spec,
     teacher_view,
 )
@@ -66,7 +67,11 @@ class Parts:
 
     @_part
     def eval_source(self) -> Source:
-        return open_source(self.run.data.source, self.run.data.eval_split, self.run.data)
+        data = self.run.data
+        source = open_source(data.source, data.eval_split, data)
+        if data.bad_rows == "skip":  # a run that lives with bad training data must not die at its first evaluation
+            require_whole(open_source(data.source, data.eval_split, data, keep_bad=True), data.num_eval_images)
+        return source
 
     @_part
     def train_source(self) -> Source:

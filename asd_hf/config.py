@@ -25,6 +25,7 @@ from .registry import nearest
 from .student import ModelConfig
 
 SECTIONS = ("model", "data", "method", "training")
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: bytes that are not UTF-8, a date like 2026-13-01
 NO_METHOD = "none"  # plain training, without a teacher
 
 
@@ -161,7 +162,7 @@ def read_sections(path: str | Path, what: str = f"sections ({', '.join(SECTIONS)
         raise UserError(f"configuration file {path} does not exist")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except NOT_YAML as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict) or not all(isinstance(v, dict) for k, v in raw.items() if k != "method"):
         raise UserError(f"{path} must hold {what}")
@@ -253,7 +254,7 @@ def override(raw: dict, item: str) -> None:
         raise UserError(f"{item!r}: there are several methods: give method.<name>.{key}")
     try:
         target[key] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except NOT_YAML as error:
         raise UserError(f"{item!r}: the value is not YAML") from error
 
 

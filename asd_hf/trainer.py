@@ -25,7 +25,7 @@ from .checkpoints import PARTIAL, clear, complete, moved_in, newest_checkpoint, 
 from .classes import SharedClasses
 from .config import TrainingConfig
 from .criterion import DetectionCriterion, TransformersCriterion
-from .data import DetectionStream, build_loader
+from .data import DetectionStream, build_loader, require_same, summary, write_left_out
 from .detectors import get_adapter
 from .detectors.base import DetectorAdapter, DetectorOutput
 from .distiller import Distiller, DistillerOutput
@@ -167,14 +167,21 @@ class DistillationTrainer(Trainer):
             raise UserError("training needs a train_dataset")
         if self.args.max_steps <= 0 and self.train_dataset.batches_per_epoch is None:
             raise UserError("the length of this data source is not known: set training.max_steps")
+        source = self.train_dataset.source
         self._vote = Vote(self.args.world_size)
         self._guard = self._left = self._random_state = self._closed_step = self._saved_step = None
         if resume_from_checkpoint:
             resume_from_checkpoint = str(resume_from_checkpoint)
             self._left = self._check_data(resume_from_checkpoint)["left"]
             self.args.eval_on_start = False  # it was done
+            require_same(Path(resume_from_checkpoint).parent, source.faults)
+        if self.is_world_process_zero():
+            write_left_out(Path(self.args.output_dir), source.faults)
         with stopping.deferred():
-            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        if text := summary(source):
+            logger.info("training data: %s", text)
+        return output
 
     def _check_data(self, checkpoint: str) -> dict:
         """The manifest of a checkpoint, if it was trained on this data; says what makes the order another one."""

@@ -16,6 +16,7 @@ COMMANDS = {
     "cache": "write the teacher's predictions to disk, to train without the teacher",
     "compare": "train several methods with several seeds and say which is better",
     "benchmark": "measure what a training step costs under each method",
+    "check-data": "read a data set whole and list what is wrong with it",
     "replay": "repeat a step that was left out and say where it was not finite",
     "selftest": "kill a training at random moments and show that nothing is lost",
     "shard": "turn a data set into balanced Parquet shards in the Hub's layout",
