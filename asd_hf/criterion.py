@@ -29,6 +29,7 @@ class DetectionCriterion:
         class_loss_weight, bbox_loss_weight, giou_loss_weight: weights of the losses.
         focal_alpha: of the focal loss; the matching cost keeps 0.25.
         no_object_weight: of queries without object in the cross entropy.
+        corner_l1: the L1 cost and loss compare corners, and not centre and size.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class DetectionCriterion:
         giou_loss_weight: float = 2,
         focal_alpha: float = 0.25,
         no_object_weight: float = 0.1,
+        corner_l1: bool = False,
     ) -> None:
-        self.activation = activation
+        self.activation, self.corner_l1 = activation, corner_l1
         self.class_cost, self.bbox_cost, self.giou_cost = class_cost, bbox_cost, giou_cost
         self.class_loss_weight, self.bbox_loss_weight = class_loss_weight, bbox_loss_weight
         self.giou_loss_weight = giou_loss_weight
@@ -62,6 +64,7 @@ class DetectionCriterion:
             class_loss_weight,
             config.bbox_loss_coefficient,
             config.giou_loss_coefficient,
+            corner_l1=getattr(config, "corner_l1", False),  # AdaMixer's; no other family has it
             **own,
         )
 
@@ -152,8 +155,11 @@ class DetectionCriterion:
         else:
             class_cost = -logits.softmax(-1).gather(-1, index)
         boxes, targets = boxes[..., None, :], targets[None, :, None]
+        corners, target_corners = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets)
+        if self.corner_l1:
+            boxes, targets = corners, target_corners
         bbox_cost = (boxes - targets).abs().sum(-1)
-        giou_cost = -generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets))
+        giou_cost = -generalized_iou(corners, target_corners)
         return self.class_cost * class_cost + self.bbox_cost * bbox_cost + self.giou_cost * giou_cost
 
     def _focal(
@@ -187,7 +193,10 @@ class DetectionCriterion:
     def _box_losses(self, boxes: Tensor, targets: Tensor, query: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Weighted sums over the matched pairs."""
         predicted, wanted = boxes.flatten(0, 2)[query], targets[target]
-        giou = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
+        corners, wanted_corners = cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted)
+        giou = generalized_iou(corners, wanted_corners)
+        if self.corner_l1:
+            predicted, wanted = corners, wanted_corners
         return {
             "loss_bbox": self.bbox_loss_weight * (predicted - wanted).abs().sum(),
             "loss_giou": self.giou_loss_weight * (1 - giou).sum(),
