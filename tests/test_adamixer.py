@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection, pipeline
 from transformers.modeling_outputs import BackboneOutput
 
+from asd_hf import commands
 from asd_hf.criterion import DetectionCriterion
 from asd_hf.detectors.base import DetectorOutput
 from asd_hf.models import AdaMixerConfig, AdaMixerForObjectDetection, AdaMixerImageProcessor, AdaMixerModel
@@ -478,3 +480,350 @@ def test_equals_the_slow_reading_in_float64(attention):
                 output.intermediate_hidden_states[image, number], content, rtol=1e-10, atol=1e-10
             )
             torch.testing.assert_close(output.intermediate_positions[image, number], position, rtol=1e-10, atol=1e-10)
+
+
+# -- precision, memory and speed --------------------------------------------------------------------------------------
+
+
+def lively(attention="sdpa", seed=0, **options):
+    """A whole tiny model with weights that are not zero."""
+    torch.manual_seed(seed)
+    config = golden_config(**options)
+    model = AdaMixerForObjectDetection._from_config(config, attn_implementation={"": attention})
+    state, _ = convert_state_dict(WEIGHTS)
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+def example(model, seed=0):
+    """Two images of unequal sizes, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = golden_inputs()
+    inputs["pixel_values"] = torch.randn(inputs["pixel_values"].shape, generator=generator).to(model.dtype)
+    inputs["pixel_values"] *= inputs["pixel_mask"][:, None]
+    labels = golden_labels("loss/gt_boxes_xyxy_img", "loss/gt_labels_img", GOLDEN["in/img_shapes_hw"])
+    return inputs | {"labels": labels}
+
+
+def gradients(model, **options):
+    model.zero_grad()
+    loss = model(**example(model), **options).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours, theirs, tolerance):
+    torch.testing.assert_close(ours[0], theirs[0], rtol=tolerance, atol=0)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, gradient in theirs[1].items():
+        scale = max(gradient.abs().max().item(), 1e-6)  # of equal boxes the overlap has none but rounding
+        torch.testing.assert_close(
+            ours[1][name], gradient, rtol=tolerance, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_eager_and_sdpa_have_the_same_gradients():
+    eager, sdpa = (gradients(lively(attention).double().train()) for attention in ("eager", "sdpa"))
+    assert any("iof_scale" in name and gradient.any() for name, gradient in sdpa[1].items())
+    assert_same_gradients(eager, sdpa, 1e-9)
+
+
+def test_every_parameter_has_a_gradient():
+    model = lively().train()
+    _, found = gradients(model)
+    assert {name for name, gradient in found.items() if gradient.any()} == dict(model.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("how", ["checkpointing", "chunks of 1", "chunks of 5", "one large chunk"])
+def test_less_memory_with_the_same_gradients(how):
+    plain, model = lively().double().train(), lively().double().train()
+    if how == "checkpointing":
+        model.gradient_checkpointing_enable()
+        assert all(layer.gradient_checkpointing for layer in model.model.decoder.layers)
+    else:
+        for layer in model.model.decoder.layers:
+            layer.mixing.chunk_size = {"chunks of 1": 1, "chunks of 5": 5, "one large chunk": 99}[how]
+    kept = []
+    for each in (plain, model):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x):
+            each(**example(each))
+        kept.append(sum(sizes))
+    assert kept[1] < 0.8 * kept[0]
+    assert_same_gradients(gradients(model), gradients(plain), 1e-9)
+
+
+def test_chunks_are_an_option_of_the_configuration():
+    model = AdaMixerForObjectDetection(golden_config(mixing_chunk_size=3)).train()
+    assert all(layer.mixing.chunk_size == 3 for layer in model.model.decoder.layers)
+    assert model(**example(model)).loss.isfinite()
+
+
+def test_bf16_is_near_fp32():
+    """Positions, logarithms of overlaps and boxes stay in fp32: in bf16 a coordinate of 80 pixels is off by 0.25."""
+    exact = lively().eval()
+    inputs = example(exact)
+    expected = exact(**inputs)
+    assert expected.pred_boxes.dtype == torch.float32
+    half = lively().eval().bfloat16()
+    output = half(**example(half))
+    assert output.logits.dtype == torch.bfloat16
+    for answer in (output, None):
+        if answer is None:
+            with torch.autocast("cpu", torch.bfloat16):
+                answer = exact(**inputs)
+        assert answer.intermediate_boxes.dtype == torch.float32 and answer.loss.dtype == torch.float32
+        gaps = (answer.intermediate_boxes - expected.intermediate_boxes).abs()
+        assert gaps[:, 0].max() < 0.02 and gaps.median() < 0.01
+        torch.testing.assert_close(answer.loss, expected.loss, rtol=0.05, atol=0)
+
+
+def test_positions_do_not_overflow_in_half_precision():
+    positions = torch.tensor([[[600.0, 400, 10, 0], [20, 30, -9, 0], [5000, 400, 8, 2]]])
+    overlap = modeling.intersection_over_first(positions)
+    assert overlap.isfinite().all() and torch.equal(overlap[0, 0, 0], torch.tensor(1.0))
+    assert overlap[0, 0, 2] == 0
+
+
+def test_of_boxes_without_area_positions_are_finite():
+    boxes = torch.tensor([[10.0, 20, 0, 0], [10, 20, 5, 0], [10, 20, -3, 4], [10, 20, 8, 2]])
+    positions = modeling.boxes_to_positions(boxes)
+    assert positions.isfinite().all()
+    torch.testing.assert_close(modeling.positions_to_boxes(positions)[3], boxes[3])
+
+
+def test_compiled_it_answers_the_same():
+    model = lively().eval()
+    inputs = example(model)
+    del inputs["labels"]
+    with torch.no_grad():
+        expected = model(**inputs)
+        torch.compiler.reset()
+        output = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs)
+    torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.pred_boxes, expected.pred_boxes, rtol=1e-4, atol=1e-4)
+
+
+# -- in Transformers --------------------------------------------------------------------------------------------------
+
+
+def test_saved_and_loaded_through_the_auto_classes(tmp_path):
+    model = lively().eval()
+    model.model.query_boxes[0] = torch.tensor([0.3, 0.4, 0.5, 0.6])
+    with torch.no_grad():
+        for parameter in model.class_heads.parameters():
+            parameter.add_(0.1)
+    model.save_pretrained(tmp_path)
+    AdaMixerImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(tmp_path)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), AdaMixerConfig)
+    loaded, report = AutoModelForObjectDetection.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is AdaMixerForObjectDetection and not any(report.values())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    inputs = example(model)
+    ours, theirs = model(**inputs), loaded(**inputs)
+    assert torch.equal(ours.logits, theirs.logits) and torch.equal(ours.pred_boxes, theirs.pred_boxes)
+    core = AutoModel.from_pretrained(tmp_path)
+    assert type(core) is AdaMixerModel
+    assert torch.equal(core(inputs["pixel_values"], inputs["pixel_mask"]).last_hidden_state, ours.last_hidden_state)
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is AdaMixerImageProcessor
+    detect = pipeline("object-detection", model=str(tmp_path))
+    found = detect(Image.new("RGB", (90, 60)), threshold=0.0)
+    assert len(found) == SHAPE["num_query"] and found[0]["box"].keys() == {"xmin", "ymin", "xmax", "ymax"}
+
+
+def test_missing_weights_are_drawn_as_at_first_and_loaded_ones_stay(tmp_path):
+    """New heads for other classes, which is how a checkpoint is tuned."""
+    model = lively()
+    model.save_pretrained(tmp_path)
+    tuned = AutoModelForObjectDetection.from_pretrained(tmp_path, num_labels=9, ignore_mismatched_sizes=True)
+    for head, old in zip(tuned.class_heads, model.class_heads, strict=True):
+        torch.testing.assert_close(head.out_proj.bias, torch.full((9,), -math.log(99)))
+        assert head.out_proj.weight.shape == (9, SHAPE["content_dim"]) and head.out_proj.weight.any()
+        assert torch.equal(head.dense.weight, old.dense.weight)
+    assert torch.equal(
+        tuned.model.decoder.layers[0].sampling.offset_proj.bias,
+        model.model.decoder.layers[0].sampling.offset_proj.bias,
+    )
+
+
+def test_labels_of_the_processor_are_relative_to_the_valid_image():
+    images = [Image.new("RGB", (90, 60)), Image.new("RGB", (70, 64))]
+    annotations = [
+        {"image_id": i, "annotations": [{"image_id": i, "category_id": 1, "bbox": [9, 6, 18, 12], "area": 1.0}]}
+        for i in range(2)
+    ]
+    for annotation in annotations:
+        annotation["annotations"][0]["iscrowd"] = 0
+    batch = AdaMixerImageProcessor(do_resize=False)(images, annotations=annotations, return_tensors="pt")
+    assert batch["pixel_values"].shape[2:] == (64, 90)
+    for (width, height), label in zip([(90, 60), (70, 64)], batch["labels"], strict=True):
+        expected = torch.tensor([[18 / width, 12 / height, 18 / width, 12 / height]])
+        torch.testing.assert_close(torch.as_tensor(label["boxes"]).float(), expected)
+
+
+def test_padding_moves_nothing():
+    """Of the same feature maps: boxes hang on the valid image alone."""
+    model, inputs = golden_model(), golden_inputs()
+    wide = {"pixel_values": F.pad(inputs["pixel_values"], (0, 64)), "pixel_mask": F.pad(inputs["pixel_mask"], (0, 64))}
+    expected = model(**inputs)
+    assert torch.equal(model(**wide).pred_boxes, expected.pred_boxes)
+    whole = {"pixel_values": inputs["pixel_values"], "pixel_mask": torch.ones(2, *PADDED)}
+    assert torch.equal(model(inputs["pixel_values"]).pred_boxes, model(**whole).pred_boxes)
+    assert not torch.equal(model(**whole).pred_boxes, expected.pred_boxes)
+
+
+def test_without_the_auxiliary_loss_only_the_last_layer_is_supervised():
+    model = lively(auxiliary_loss=False).train()
+    output = model(**example(model))
+    assert output.auxiliary_outputs is None
+    output.loss.backward()
+    assert not model.class_heads[0].out_proj.weight.grad.any()
+    assert model.class_heads[-1].out_proj.weight.grad.any()
+
+
+def test_a_batch_without_objects_has_a_finite_loss():
+    model = lively().train()
+    inputs = example(model)
+    for label in inputs["labels"]:
+        label["boxes"], label["class_labels"] = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
+    loss = model(**inputs).loss
+    loss.backward()
+    assert loss.isfinite() and loss > 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny.TIMM_RESNET | {"out_indices": [1, 2, 3, 4]},
+        {
+            "model_type": "swin",
+            "image_size": 64,
+            "embed_dim": 8,
+            "depths": [1, 1, 1, 1],
+            "num_heads": [1, 1, 1, 1],
+            "window_size": 2,
+            "out_features": ["stage1", "stage2", "stage3", "stage4"],
+        },
+    ],
+    ids=["timm", "swin"],
+)
+def test_backbones(config, tmp_path):
+    values = {"d_model": 32, "feature_channels": 32, "decoder_layers": 1, "in_points": 4, "out_points": 4}
+    model = AdaMixerForObjectDetection(AdaMixerConfig(backbone_config=config, num_labels=5, **values))
+    model.eval().save_pretrained(tmp_path)
+    loaded = AutoModelForObjectDetection.from_pretrained(tmp_path)
+    pixels = torch.randn(1, 3, 64, 96)
+    assert torch.equal(model(pixels).logits, loaded(pixels).logits)
+    with pytest.raises(ValueError, match="4 feature maps, feature_strides has 3"):
+        AdaMixerModel(AdaMixerConfig(backbone_config=config, feature_strides=[8, 16, 32]))
+
+
+def test_batch_norm_keeps_its_statistics_and_trains_its_scale():
+    model = lively().train()
+    norms = [m for m in model.model.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [m.running_mean.clone() for m in norms]
+    _, found = gradients(model)
+    assert norms and all(torch.equal(m.running_mean, b) for m, b in zip(norms, before, strict=True))
+    assert any("backbone" in name and "normalization.weight" in name for name in found)
+    model = lively(freeze_backbone_batch_norms=False)
+    norms = [m for m in model.model.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms[0].requires_grad_(False)
+    model.train()
+    assert [m.training for m in norms] == [False] + [True] * (len(norms) - 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"d_model": 36}, "d_model is 36: it must be a multiple of 8"),
+        ({"d_model": 24, "decoder_attention_heads": 5}, "of decoder_attention_heads"),
+        ({"feature_channels": 48}, "feature_channels is 48: it must be a multiple of 32"),
+        ({"feature_channels": 64, "num_groups": 3}, "of num_groups"),
+    ],
+)
+def test_impossible_sizes_are_refused(options, message):
+    with pytest.raises(Exception, match=message):
+        AdaMixerConfig(backbone_config=backbone(8, 8, 8, 8), **options)
+
+
+# -- from the original's checkpoints ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def original():
+    """A state dict under the original's names, made of a model by the inverse of the table, with a ResNet-50."""
+    torch.manual_seed(0)
+    config = AdaMixerConfig(num_queries=6, d_model=32, feature_channels=32, decoder_layers=2, decoder_ffn_dim=48)
+    config.in_points, config.out_points, config.num_groups, config.num_labels = 5, 6, 2, 3
+    model = AdaMixerForObjectDetection(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "backbone" not in name:
+                parameter.normal_(0, 0.1)
+    ours = model.state_dict()
+    layers = {name for name in WEIGHTS if not name.startswith("roi_head.bbox_head.2.")}
+    _, report = convert_state_dict({name: WEIGHTS[name] for name in layers})
+    state = {name: torch.cat([ours.pop(new) for new in names]) for name, names in report.items()}
+    return model, state | {name.replace("model.backbone._backbone", "backbone"): t for name, t in ours.items()}
+
+
+def convert(checkpoint, folder, *arguments, capsys=None):
+    torch.save(checkpoint, folder / "original.pth")
+    return commands.run(
+        "convert-adamixer",
+        ["--checkpoint", str(folder / "original.pth"), "--output", str(folder / "model"), *arguments],
+    )
+
+
+def test_a_checkpoint_is_converted(original, tmp_path, capsys):
+    model, state = original
+    unused = {
+        f"roi_head.bbox_head.{i}.instance_interactive_conv_norm.{n}": torch.ones(32) for i in (0, 1) for n in "wb"
+    }
+    checkpoint = {
+        "state_dict": {f"module.{n}": t for n, t in (state | unused).items()},
+        "meta": {"CLASSES": ("a", "b", "c")},
+    }
+    assert convert(checkpoint, tmp_path) == 0
+    shown = capsys.readouterr().out
+    assert f"{len(state)} tensors became {len(model.state_dict())}, 4 were left out" in shown
+    assert shown.count("left out: module.roi_head") == 4
+    loaded = AutoModelForObjectDetection.from_pretrained(tmp_path / "model")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert loaded.config.id2label == {0: "a", 1: "b", 2: "c"} and loaded.config.num_groups == 2
+    assert type(AutoImageProcessor.from_pretrained(tmp_path / "model")) is AdaMixerImageProcessor
+
+
+def test_names_of_classes_come_from_a_file(original, tmp_path):
+    (tmp_path / "names").write_text("x\ny\nz\n")
+    assert convert(original[1], tmp_path, "--classes", str(tmp_path / "names")) == 0
+    assert AutoConfig.from_pretrained(tmp_path / "model").id2label[2] == "z"
+
+
+def without(state, key):
+    return {name: tensor for name, tensor in state.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s, "no names of classes for a model of 3"),
+        (lambda s: {"state_dict": s, "meta": {"CLASSES": ("a",)}}, "1 names of classes for a model of 3"),
+        (lambda s: s | {"rpn_head.extra": torch.ones(1)}, "1 names that no AdaMixer has, rpn_head.extra"),
+        (lambda s: s | {"backbone.layer2.0.conv2.conv_offset.weight": torch.ones(1)}, "deformable convolutions"),
+        (lambda s: without(s, "neck.gn_out.weight"), "lacks what should become 'model.neck.group_norm.weight'"),
+        (
+            lambda s: {"state_dict": without(s, "neck.gn_out.bias"), "meta": {"CLASSES": ("a", "b", "c")}},
+            "1 weights are missing, 0 have no place: model.neck.group_norm.bias",
+        ),
+        (lambda s: {n: t for n, t in s.items() if "layer4.2" not in n}, "neither a ResNet-50 nor a ResNet-101"),
+        (lambda s: {"epoch": 12}, "holds no state_dict"),
+        (lambda s: Path("unsafe"), "cannot be read"),
+    ],
+)
+def test_a_checkpoint_that_is_none_is_one_clear_line(original, tmp_path, capsys, change, message):
+    assert convert(change(original[1]), tmp_path) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and shown.count("\n") == 1

@@ -10,7 +10,7 @@ LAYERS = [
     {"errors", "registry", "ops", "distances", "phases"},
     {"detectors"},
     {"criterion", "features", "matching", "questions", "sampling", "targets"},
-    {"methods"},
+    {"models", "methods"},
     {"classes", "distiller", "ema", "student", "data", "evaluation", "hub"},
     {"config", "trainer", "build", "doctor", "benchmark", "compare"},
     {"commands"},

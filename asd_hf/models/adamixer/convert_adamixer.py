@@ -56,8 +56,8 @@ def convert_state_dict(original: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
         for pattern, new in RULES:
             if match := re.fullmatch(pattern, name.removeprefix("module.")):
                 report[name] = [] if new is None else _expand(match.expand(new))
-                parts = tensor.chunk(len(report[name])) if report[name] else ()
-                state |= zip(report[name], (part.clone() for part in parts), strict=True)
+                parts = tensor.chunk(3) if len(report[name]) == 3 else [tensor] * len(report[name])
+                state |= zip(report[name], parts, strict=True)
                 break
     if unknown := [name for name in original if name not in report]:
         raise UserError(f"{len(unknown)} names that no AdaMixer has, {unknown[0]} the first")

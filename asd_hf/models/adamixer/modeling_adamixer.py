@@ -287,8 +287,7 @@ class AdaMixerDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: Tensor, positions: Tensor, cells: Tensor, levels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """New contents and positions; gradient reaches the latter through the offsets alone."""
-        positions = positions.detach()
+        """New contents and positions."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             overlap = intersection_over_first(positions)
             embedding = position_embedding(positions, hidden_states.shape[-1]).to(hidden_states.dtype)
@@ -322,9 +321,10 @@ class AdaMixerDecoder(nn.Module):
         levels = torch.tensor(sizes, device=cells.device)
         contents, places = [], []
         for layer in self.layers:
-            hidden_states, positions = layer(hidden_states, positions, cells, levels)
+            hidden_states, refined = layer(hidden_states, positions, cells, levels)
+            positions = refined.detach()  # each layer learns to refine, not to be refined
             contents.append(hidden_states)
-            places.append(positions)
+            places.append(refined)
         return contents, places
 
 
@@ -445,7 +445,18 @@ class AdaMixerModel(AdaMixerPreTrainedModel):
         """
         feature_maps = self.neck(list(self.backbone(pixel_values).feature_maps))
         size = self.valid_sizes(pixel_values, pixel_mask)
-        hidden_states, positions = self.initial_queries(size)
+        return self.decode(*self.initial_queries(size), feature_maps, size)
+
+    def decode(
+        self, hidden_states: Tensor, positions: Tensor, feature_maps: list[Tensor], size: Tensor
+    ) -> AdaMixerModelOutput:
+        """Answers any queries.
+
+        Args:
+            hidden_states, positions: (B, Q, D) and (B, Q, 4).
+            feature_maps: of the neck.
+            size: see `valid_sizes`.
+        """
         contents, places = self.decoder(hidden_states.to(feature_maps[0].dtype), positions, feature_maps)
         places = torch.stack(places, 1)
         return AdaMixerModelOutput(
@@ -467,8 +478,12 @@ class AdaMixerModel(AdaMixerPreTrainedModel):
     def initial_queries(self, size: Tensor) -> tuple[Tensor, Tensor]:
         """Contents (B, Q, D) and positions (B, Q, 4), the same for every image but for its `valid_sizes`."""
         content = F.layer_norm(self.query_content.weight, self.query_content.weight.shape[-1:])
-        positions = boxes_to_positions(full_precision(self.query_boxes) * size)
-        return content.expand(len(size), -1, -1), positions
+        return content.expand(len(size), -1, -1), self.box_positions(self.query_boxes, size)
+
+    @staticmethod
+    def box_positions(boxes: Tensor, size: Tensor) -> Tensor:
+        """Positions (B, Q, 4) of boxes (Q, 4) or (B, Q, 4) as cx, cy, w, h in [0, 1] of images of `valid_sizes`."""
+        return boxes_to_positions(full_precision(boxes) * size)
 
 
 class AdaMixerForObjectDetection(AdaMixerPreTrainedModel):
@@ -497,8 +512,7 @@ class AdaMixerForObjectDetection(AdaMixerPreTrainedModel):
                 as `AdaMixerImageProcessor` has them.
         """
         outputs = self.model(pixel_values, pixel_mask)
-        hidden_states = outputs.intermediate_hidden_states.unbind(1)
-        logits = torch.stack([head(state) for head, state in zip(self.class_heads, hidden_states, strict=True)])
+        logits = self.classify(outputs.intermediate_hidden_states)
         boxes = outputs.intermediate_boxes.transpose(0, 1)
         loss = loss_dict = auxiliary = None
         if labels is not None:
@@ -515,6 +529,11 @@ class AdaMixerForObjectDetection(AdaMixerPreTrainedModel):
             intermediate_hidden_states=outputs.intermediate_hidden_states,
             intermediate_boxes=outputs.intermediate_boxes,
         )
+
+    def classify(self, hidden_states: Tensor) -> Tensor:
+        """Logits (layers, B, Q, classes) of contents (B, layers, Q, D)."""
+        states = hidden_states.unbind(1)
+        return torch.stack([head(state) for head, state in zip(self.class_heads, states, strict=True)])
 
 
 __all__ = ["AdaMixerForObjectDetection", "AdaMixerModel", "AdaMixerPreTrainedModel"]
