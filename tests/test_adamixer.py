@@ -538,7 +538,7 @@ def test_every_parameter_has_a_gradient():
 def test_less_memory_with_the_same_gradients(how):
     plain, model = lively().double().train(), lively().double().train()
     if how == "checkpointing":
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
         assert all(layer.gradient_checkpointing for layer in model.model.decoder.layers)
     else:
         for layer in model.model.decoder.layers:
