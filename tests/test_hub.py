@@ -58,6 +58,13 @@ def test_a_card_cites_every_method(tmp_path):
     assert f"{PAPER['bibtex']}\n\n{other['bibtex']}\n```" in text
 
 
+def test_a_card_says_whether_the_model_needs_this_package(tmp_path):
+    assert "asd_hf is not needed" in card(tmp_path).text and "import asd_hf" not in card(tmp_path).text
+    own = {"architecture": "AdaMixerForObjectDetection", "weights_from": []}
+    text = card(tmp_path, student_info=own).text
+    assert "asd_hf is not needed" not in text and "```python\nimport asd_hf.models\nfrom transformers" in text
+
+
 def test_card_metadata(tmp_path):
     data = card(tmp_path).data
     assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "object-detection")

@@ -11,7 +11,7 @@ LAYERS = [
     {"files", "checkpoints", "stopping", "vote", "randomness"},
     {"detectors"},
     {"criterion", "fast_criterion", "features", "losses", "matching", "questions", "sampling", "targets"},
-    {"methods"},
+    {"models", "methods"},
     {"classes", "distiller", "ema", "pace", "student", "data", "evaluation", "hub", "bad_steps", "teacher_cache"},
     {"config", "trainer", "build", "doctor", "benchmark", "compare", "selftest", "replay"},
     {"commands"},

@@ -21,6 +21,7 @@ COMMANDS = {
     "selftest": "kill a training at random moments and show that nothing is lost",
     "shard": "turn a data set into balanced Parquet shards in the Hub's layout",
     "make-shapes": "write the generated data set as a COCO folder",
+    "convert-adamixer": "turn a checkpoint of the original AdaMixer into one of Transformers' form",
 }
 
 
@@ -46,7 +47,7 @@ def cli() -> int:
     command, *argv = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
         print("usage: asd-hf COMMAND ...; asd-hf COMMAND --help tells more\n")
-        print("\n".join(f"  {name:<12} {text}" for name, text in COMMANDS.items()))
+        print("\n".join(f"  {name:<16} {text}" for name, text in COMMANDS.items()))
         return 0
     if command not in COMMANDS:
         print(f"error: unknown command {command!r}: {nearest(command, COMMANDS)}", file=sys.stderr)
