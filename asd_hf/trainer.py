@@ -32,7 +32,7 @@ from .distiller import Distiller, DistillerOutput
 from .ema import EMACallback
 from .errors import UserError
 from .evaluation import STATS, evaluate_detector
-from .fast_criterion import use_fast_criterion
+from .fast_criterion import LOSSES, use_fast_criterion
 from .files import write_whole
 from .hub import public_config, write_model_card
 from .methods import CombinedMethod, DistillationMethod
@@ -684,8 +684,11 @@ def make_criterion(
     `loss_function`; this is asd_hf's from now on, or Transformers' own with `args.fast_criterion` off.
 
     Raises:
-        UserError: `args.class_loss_weight` is given, which the losses of some families do not know.
+        UserError: `args.class_loss_weight` is given, which the losses of some families do not know; or
+            `args.fast_criterion` is off and Transformers has no loss of this family.
     """
+    if not args.fast_criterion and student.spec.family not in LOSSES:
+        raise UserError(f"training.fast_criterion: Transformers has no loss for {student.spec.family}: remove it")
     if not student.own_loss:
         weight = student.class_loss_weight if args.class_loss_weight is None else args.class_loss_weight
         if not args.fast_criterion:
