@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from functools import cached_property
 
@@ -15,6 +14,7 @@ from .data import (
     Source,
     open_source,
     open_training_source,
+    require_whole,
     resize_spec,
     teacher_view,
 )
@@ -52,7 +52,7 @@ class Parts:
         self.run = run
 
     def under(self, methods: dict[str, MethodConfig], teacher: str | None) -> Parts:
-        """The same data and copies of the same models under other methods; `teacher` may also be none or "ema"."""
+        """The same data and the same models under other methods; `teacher` may also be none or "ema"."""
         model, data = replace(self.run.model, teacher=teacher), self.run.data
         if teacher is None:
             model, data = replace(model, class_map=None), replace(data, unlabelled=None, teacher_size=None)
@@ -62,14 +62,16 @@ class Parts:
         names = ["eval_source", "train_source", "student"]
         if teacher == self.run.model.teacher:
             names += ["teacher", "cache"]
-        for name in names:
-            part = getattr(self, name)
-            other.__dict__[name] = copy.deepcopy(part) if isinstance(part, DetectorAdapter) else part
+        other.__dict__.update({name: getattr(self, name) for name in names})
         return other
 
     @_part
     def eval_source(self) -> Source:
-        return open_source(self.run.data.source, self.run.data.eval_split, self.run.data)
+        data = self.run.data
+        source = open_source(data.source, data.eval_split, data)
+        if data.bad_rows == "skip":  # a run that lives with bad training data must not die at its first evaluation
+            require_whole(open_source(data.source, data.eval_split, data, keep_bad=True), data.num_eval_images)
+        return source
 
     @_part
     def train_source(self) -> Source:

@@ -102,8 +102,9 @@ def _student(parts: Parts) -> tuple[str, ...]:
 
 
 def _loss(parts: Parts) -> tuple[str, ...]:
-    own = make_criterion(parts.student, parts.run.training) is None
-    kind = "Transformers' own loss" if own else "asd_hf's loss, equal to Transformers',"
+    make_criterion(parts.student, parts.run.training)
+    fast = parts.run.training.fast_criterion
+    kind = "asd_hf's loss, equal to Transformers'," if fast else "Transformers' own loss"
     return OK, f"{kind} of {parts.student.spec.family}"
 
 

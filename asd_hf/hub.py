@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
+from . import models
 from .errors import UserError
 from .evaluation.coco import STATS, table_rows
 from .student import PACKAGED
@@ -28,10 +29,10 @@ CARD = """\
 
 {summary}
 
-It is an ordinary Transformers checkpoint; asd_hf is not needed to use it.
+It is an ordinary Transformers checkpoint; {needs}
 
 ```python
-from transformers import pipeline
+{imports}from transformers import pipeline
 
 detect = pipeline("object-detection", model="{model_id}")
 for found in detect("http://images.cocodataset.org/val2017/000000039769.jpg", threshold=0.3):
@@ -118,12 +119,18 @@ def write_model_card(
     if papers:
         titles = " and of ".join(f"*{paper['title']}* ({paper['id']})" for paper in papers)
         summary += f" with the method of {titles}"
+    needs, imports = "asd_hf is not needed to use it.", ""
+    if student_info["architecture"] in models.__all__:
+        needs = "its architecture comes with asd_hf, whose import makes it known to Transformers."
+        imports = "import asd_hf.models\n"
     bibtex = "\n\n".join(paper["bibtex"].strip() for paper in papers)
     card = ModelCard(
         CARD.format(
             metadata=metadata.to_yaml(),
             name=metadata.model_name,
             summary=summary + ".",
+            needs=needs,
+            imports=imports,
             model_id=model_id,
             results=_results(metrics, protocol),
             config=public_config(config_yaml).strip(),
@@ -152,12 +159,23 @@ def call_hub(call: Callable[[], T], advice: str, attempts: int = 4, wait: float 
     for attempt in range(1, attempts + 1):
         try:
             return call()
-        except HTTPError as error:
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 503
+        except UserError:
+            raise
+        except (HTTPError, OSError, RuntimeError, ValueError) as error:
+            status = _status(error)
             if attempt == attempts or (status < 500 and status != 429):
                 reason = " ".join(str(error).split())
                 raise UserError(f"the Hub: {reason}; {advice}") from error
             time.sleep(wait * 2 ** (attempt - 1))
+
+
+def _status(error: BaseException) -> int:
+    """As HTTP has it: that of the answer behind `error`, or 503 where there was none."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code
+    if error.__cause__ is not None:  # the upload of a large file wraps what went wrong
+        return _status(error.__cause__)
+    return 400 if isinstance(error, ValueError) else 503
 
 
 def is_hub_id(name: str) -> bool:

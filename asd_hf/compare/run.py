@@ -19,15 +19,15 @@ import torch
 import yaml
 from filelock import FileLock
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import __version__
 from ..build import Parts
+from ..checkpoints import newest_checkpoint
 from ..config import build_config
-from ..data.cache import write_whole
 from ..errors import UserError
 from ..evaluation import STATS, TOP_K
 from ..evaluation.bootstrap import bootstrap_ap
+from ..files import write_whole
 from ..teacher_cache import weights_sha256
 from ..trainer import DistillationTrainer
 from .plan import Plan
@@ -37,7 +37,7 @@ STEP_LINE = "@step"  # begins a line of standard output that tells how far the t
 REPLICATES = 500
 BOOTSTRAP_SEED = 0
 TRIAL_STEPS, WARM_UP_STEPS = 40, 10  # of the measurement that turns minutes into steps
-_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "faster-coco-eval", "numpy")
+_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "hotcoco", "numpy")
 
 
 def write_plan(plan: Plan, folder: Path) -> None:
@@ -68,7 +68,7 @@ def train_and_record(plan: Plan, folder: Path) -> dict:
     trainer.remove_callback(PrinterCallback)
     clock = Clock()
     trainer.add_callback(clock)
-    trainer.train(resume_from_checkpoint=_newest_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
     costs = _costs(trainer, clock)
     trainer.watch_attention(False)
     trainer.save_model(_internal_call=True)
@@ -87,12 +87,6 @@ def train_and_record(plan: Plan, folder: Path) -> dict:
         "versions": {"asd_hf": __version__, "python": platform.python_version()}
         | {name: version(name) for name in _PACKAGES},
     }
-
-
-def _newest_checkpoint(folder: Path) -> str | None:
-    """The last one that is whole: Trainer writes its own state last."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
 def _fresh_student(parts: Parts, seed: int) -> PreTrainedModel:

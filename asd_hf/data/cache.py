@@ -1,4 +1,4 @@
-"""Folders that are built once and then only read: indices of annotation files, the generated data set; whole files."""
+"""Folders that are built once and then only read: indices of annotation files, the generated data set."""
 
 from __future__ import annotations
 
@@ -19,25 +19,6 @@ def cache_root() -> Path:
 def digest(*parts: object) -> str:
     """16 hexadecimal digits that depend on every part."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def checksum(path: Path) -> str | None:
-    """The sha256 of a file, None if it is not there."""
-    if not path.is_file():
-        return None
-    sha256 = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-    return sha256.hexdigest()
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes beside and renames, so that a file that exists is whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f"{file.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:

@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from .cache import checksum, write_whole
+from ..files import checksum, write_whole
 from .rows import Source, cut_evenly, read_rows
 
 logger = logging.getLogger(__name__)
@@ -137,12 +137,17 @@ def _write_shard(path: Path, rows: Iterator[dict[str, Any]], features: Features,
     """Writes the rows beside `path` and renames the file when it is complete; how many there were."""
     schema, count = features.arrow_schema, 0
     beside = path.with_name(f"{path.name}.part")
-    with pq.ParquetWriter(beside, schema) as writer:
-        while group := [_stored(row) for row in itertools.islice(rows, ROW_GROUP)]:
-            writer.write_table(pa.Table.from_pylist(group, schema=schema))
-            count += len(group)
-            bar.update(len(group))
-    beside.replace(path)
+    try:
+        with pq.ParquetWriter(beside, schema) as writer:
+            while group := [_stored(row) for row in itertools.islice(rows, ROW_GROUP)]:
+                writer.write_table(pa.Table.from_pylist(group, schema=schema))
+                count += len(group)
+                bar.update(len(group))
+        beside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} could not be finished: {error}; started again, the command goes on there") from error
+    finally:
+        beside.unlink(missing_ok=True)
     return count
 
 

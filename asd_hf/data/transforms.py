@@ -5,22 +5,27 @@ What is done to a training image is drawn first and then done to its original pi
 
 from __future__ import annotations
 
+import errno
 import io
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.io import decode_jpeg
 from torchvision.transforms.v2 import functional as F
 from transformers.image_transforms import get_size_with_aspect_ratio
 
 from ..errors import UserError
 from .config import DataConfig, teacher_view
+from .faults import BadRow
 
+FAULTS_OF_NAMES = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)  # not of the machine
 DEEP_MODES = ("I", "F")  # PIL's modes beyond 8 bits a channel begin so; converting them to RGB would clip
 
 
@@ -153,14 +158,16 @@ class RowTransform:
         `teacher_pixel_values` uint8 (3, h', w') where there is one, or the `teacher`'s predictions.
 
         Raises:
-            UserError: the image cannot be decoded, has another size than its annotation says, or is to be evaluated
-                and has no annotations.
+            UserError: the image cannot be decoded, has another size than its annotation says, has too many boxes to
+                train on, or is to be evaluated and has no annotations.
         """
         objects = row["objects"]
         if objects is None and not self.training:
             raise UserError(
                 f"{_name(row)} of split {self.config.eval_split!r} has no annotations: it cannot be evaluated"
             )
+        if self.training:
+            check_boxes(row, self.config.max_boxes)
         labelled = objects is not None
         objects = objects if labelled else {"bbox": [], "category": [], "iscrowd": []}
         image = original = decode(row)
@@ -211,28 +218,57 @@ def decode(row: dict[str, Any]) -> Tensor:
     """The pixels of a row, uint8 (3, height, width) in RGB, EXIF orientation not applied: COCO's boxes ignore it.
 
     Raises:
-        UserError: the file is missing, is no image, has more than 8 bits a channel, or has another size than its
-            annotation says.
+        BadRow: the file is missing, is no image, is too large, has more than 8 bits a channel, or has another size
+            than its annotation says.
+        UserError: the file cannot be read for another reason.
     """
     image, name = row["image"], _name(row)
     try:
-        with Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as file:
+        data = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+        with Image.open(io.BytesIO(data)) as file:
             if file.mode.startswith(DEEP_MODES):
-                raise UserError(f"{name} has more than 8 bits a channel (mode {file.mode}): convert it to 8 bits")
-            pixels = F.pil_to_tensor(file.convert("RGB"))
+                why = f"{name} has more than 8 bits a channel (mode {file.mode}): convert it to 8 bits"
+                raise BadRow("deep image", why)
+            pixels = _jpeg(data) if file.format == "JPEG" and file.mode == "RGB" else None
+            if pixels is None:
+                pixels = F.pil_to_tensor(file.convert("RGB"))
     except FileNotFoundError:
-        raise UserError(f"{name} is missing: put the file there or take the image out of the annotations") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{name} cannot be decoded: {error}") from error
+        why = f"{name} is missing: put the file there or take the image out of the annotations"
+        raise BadRow("missing image", why) from None
+    except (UserError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadRow("large image", f"{name} is too large: {error}") from error
+    except UnidentifiedImageError as error:
+        raise BadRow("broken image", f"{name} cannot be decoded: it is no image of a known format") from error
+    except Exception as error:  # decoders of broken data raise whatever comes
+        reason = getattr(error, "strerror", None) or error
+        if getattr(error, "errno", None) not in (None, *FAULTS_OF_NAMES):
+            raise UserError(f"{name} cannot be read: {reason}") from error
+        raise BadRow("broken image", f"{name} cannot be decoded: {reason}") from error
     stated = (row["height"], row["width"])
     if None not in stated and tuple(pixels.shape[-2:]) != stated:
-        raise UserError(
+        raise BadRow(
+            "other size",
             f"{name} is {pixels.shape[-1]}x{pixels.shape[-2]} pixels but its annotation says {stated[1]}x{stated[0]}: "
-            "correct the annotation (its boxes may belong to another size or orientation)"
+            "correct the annotation (its boxes may belong to another size or orientation)",
         )
     return pixels
+
+
+def _jpeg(data: bytes) -> Tensor | None:
+    """Pixels (3, height, width) of a JPEG in colour, the same as PIL's and sooner; None where PIL must say why not."""
+    try:
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    except RuntimeError:
+        return None
+
+
+def check_boxes(row: dict[str, Any], most: int | None) -> None:
+    """Raises BadRow if the image of a row has more boxes than `most`, if that is given."""
+    count = 0 if row["objects"] is None else len(row["objects"]["bbox"])
+    if most is not None and count > most:
+        raise BadRow("many boxes", f"{_name(row)} has {count:,} boxes, more than data.max_boxes={most}")
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.cache import cache_root, checksum, digest
+from ..data.cache import cache_root, digest
 from ..data.transforms import Geometry
 from ..detectors.base import DetectorOutput
 from ..errors import UserError
+from ..files import checksum
 from ..hub import call_hub, is_hub_id
 from ..methods import CombinedMethod, DistillationMethod
 from ..methods.base import name_of

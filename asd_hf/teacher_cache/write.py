@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 
 from ..classes import keep_classes
 from ..data import DataConfig, Source, teacher_view
-from ..data.cache import checksum, write_whole
 from ..data.collate import pad
 from ..data.rows import read_rows
 from ..data.transforms import (
@@ -35,6 +34,7 @@ from ..data.transforms import (
 )
 from ..detectors.base import DetectorAdapter, DetectorOutput
 from ..errors import UserError
+from ..files import checksum, write_whole
 from ..hub import without_folders
 from .form import encode, learnt_question
 from .manifest import (
