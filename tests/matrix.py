@@ -45,6 +45,7 @@ queries than the model's own (`decode`).
 
 YOLOS shows its last layer alone, because its heads are trained on no other: use `method.layers: 1`. Grounding DINO is
 told the names of the data's classes, or those of `model.class_map`; a class's probability is the mean of its tokens'.
+AdaMixer is not of Transformers but of `asd_hf.models`: [adamixer.md](adamixer.md).
 
 ## Which teaches which
 

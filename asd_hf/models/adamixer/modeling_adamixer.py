@@ -436,7 +436,7 @@ class AdaMixerModel(AdaMixerPreTrainedModel):
         return self
 
     @can_return_tuple
-    def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None, **kwargs) -> AdaMixerModelOutput:
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> AdaMixerModelOutput:
         """Runs the model.
 
         Args:
@@ -502,7 +502,6 @@ class AdaMixerForObjectDetection(AdaMixerPreTrainedModel):
         pixel_values: Tensor,
         pixel_mask: Tensor | None = None,
         labels: list[dict[str, Tensor]] | None = None,
-        **kwargs,
     ) -> AdaMixerObjectDetectionOutput:
         """Detects objects.
 
