@@ -2,22 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .detectors.base import DetectorOutput, sum_over_ranks
-from .matching import match_targets
+from .losses import (
+    CrossEntropy,
+    FocalLoss,
+    SigmoidLoss,
+    box_losses,
+    fine_grained_loss,
+    pair_iou,
+    self_distillation_loss,
+)
+from .matching import Pairs, start_matching
 from .ops import cxcywh_to_xyxy, full, generalized_iou
+
+MatchInput = tuple[Tensor, Tensor, Tensor, Tensor]  # logits, boxes, classes, targets: see `DetectionCriterion.match`
+
+
+@dataclass
+class Stage:
+    """Predictions of layers that are judged alike.
+
+    Attributes:
+        logits, boxes: (L, B, Q, C) and (L, B, Q, 4).
+        copies: of each target for a layer to find: groups of queries, see `match_targets`, or of denoising queries.
+        pairs: known ones, of the first layer alone, that need no matching.
+        agnostic: the predictions tell objects from background alone: class 0 stands for every object.
+        sides, frames: distributions over the sides of boxes, see `losses.fine_grained_loss`.
+        last: sides and logits (B, Q, .) of the decoder's last layer, which the others imitate.
+        ends: the last layer here is that one.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    copies: int = 1
+    pairs: Pairs | None = None
+    agnostic: bool = False
+    sides: Tensor | None = None
+    frames: Tensor | None = None
+    last: tuple[Tensor, Tensor] | None = None
+    ends: bool = False
+
+    def __post_init__(self) -> None:
+        self.logits, self.boxes = full(self.logits), full(self.boxes)
 
 
 class DetectionCriterion:
     """Bipartite matching, then class, L1 and generalised IoU losses, summed over every decoder layer.
 
     The class loss is the focal loss for sigmoid heads and the cross entropy for softmax heads, whose last column is
-    "no object". Under `torch.distributed` every rank must call it as often as the others, since the number of boxes is
-    averaged over ranks.
+    "no object", unless another is given. Under `torch.distributed` every rank must call it as often as the others,
+    since the number of boxes is averaged over ranks.
 
     References: Carion et al., DETR (arXiv 2005.12872), for softmax heads; Zhu et al., Deformable DETR (arXiv
     2010.04159), for sigmoid heads; matching and losses as in their code. Transformers' own loss gives the same numbers
@@ -27,8 +69,12 @@ class DetectionCriterion:
         activation: of the class logits, "sigmoid" or "softmax".
         class_cost, bbox_cost, giou_cost: weights of the matching cost.
         class_loss_weight, bbox_loss_weight, giou_loss_weight: weights of the losses.
-        focal_alpha: of the focal loss; the matching cost keeps 0.25.
+        focal_alpha: of the focal loss; the matching cost keeps `cost_alpha`.
         no_object_weight: of queries without object in the cross entropy.
+        class_loss: another class loss, see `losses`.
+        cost_alpha, cost_gamma: of the matching cost of sigmoid heads.
+        dense: boxes of every layer are judged by the matches of all layers together, as in DEIMv2.
+        side_values: what the bins of `Stage.sides` stand for.
         corner_l1: the L1 cost and loss compare corners, and not centre and size.
     """
 
@@ -43,13 +89,21 @@ class DetectionCriterion:
         giou_loss_weight: float = 2,
         focal_alpha: float = 0.25,
         no_object_weight: float = 0.1,
+        class_loss: CrossEntropy | SigmoidLoss | None = None,
+        cost_alpha: float = 0.25,
+        cost_gamma: float = 2,
+        dense: bool = False,
+        side_values: Tensor | None = None,
         corner_l1: bool = False,
     ) -> None:
         self.activation, self.corner_l1 = activation, corner_l1
         self.class_cost, self.bbox_cost, self.giou_cost = class_cost, bbox_cost, giou_cost
         self.class_loss_weight, self.bbox_loss_weight = class_loss_weight, bbox_loss_weight
         self.giou_loss_weight = giou_loss_weight
-        self.focal_alpha, self.no_object_weight = focal_alpha, no_object_weight
+        if class_loss is None:
+            class_loss = FocalLoss(focal_alpha) if activation == "sigmoid" else CrossEntropy(no_object_weight)
+        self.class_loss, self.cost_alpha, self.cost_gamma = class_loss, cost_alpha, cost_gamma
+        self.dense, self.side_values = dense, side_values
 
     @classmethod
     def from_config(cls, config, activation: str = "sigmoid", class_loss_weight: float = 1) -> DetectionCriterion:
@@ -68,9 +122,7 @@ class DetectionCriterion:
             **own,
         )
 
-    def __call__(
-        self, output: DetectorOutput, labels: list[dict], pairs: tuple[Tensor, Tensor] | None = None
-    ) -> dict[str, Tensor]:
+    def __call__(self, output: DetectorOutput, labels: list[dict], pairs: Pairs | None = None) -> dict[str, Tensor]:
         """Weighted scalars `loss_ce`, `loss_bbox`, `loss_giou`; of the proposals of two stages the same with `_enc`.
 
         Args:
@@ -79,33 +131,83 @@ class DetectionCriterion:
                 bool `labelled` is false have no objects here and take no part in the loss.
             pairs: of the decoder's queries, from `assign`, to take instead of matching; proposals are left out then.
         """
-        with torch.autocast(output.logits.device.type, enabled=False):
-            predictions = {"": (full(output.logits), full(output.boxes))}
-            if output.proposals is not None and pairs is None:
-                logits, boxes = output.proposals
-                predictions["_enc"] = full(logits)[None], full(boxes)[None]
+        stages = {"": Stage(output.logits, output.boxes)}
+        if output.proposals is not None and pairs is None:
+            logits, boxes = output.proposals
+            stages["_enc"] = Stage(logits[None], boxes[None], agnostic=True)
+        weights = {"loss_bbox": self.bbox_loss_weight, "loss_giou": self.giou_loss_weight}
+        weights[self.class_loss.name] = self.class_loss_weight
+        terms = self.terms(list(stages.values()), labels, None if pairs is None else [pairs])
+        return {
+            name + suffix: weights[name] * loss.sum()
+            for suffix, losses in zip(stages, terms, strict=True)
+            for name, loss in losses.items()
+        }
+
+    def terms(
+        self, stages: list[Stage], labels: list[dict], pairs: list[Pairs] | None = None
+    ) -> list[dict[str, Tensor]]:
+        """For each stage its losses by name, (L,) each, without weights.
+
+        Args:
+            labels: as in `__call__`.
+            pairs: of each stage that has none of its own, instead of matching.
+        """
+        device = stages[0].logits.device
+        with torch.autocast(device.type, enabled=False):
             classes = torch.cat([label["class_labels"] for label in labels])
-            boxes = torch.cat([label["boxes"] for label in labels]).to(predictions[""][1].dtype)
-            # Proposals tell objects from background: class 0 stands for every object.
-            targets = {"": (classes, boxes), "_enc": (torch.zeros_like(classes), boxes)}
-            matches = [pairs]
-            if pairs is None:
-                stages = [(*predictions[stage], *targets[stage]) for stage in predictions]
-                matches = self.match(stages, [len(label["class_labels"]) for label in labels])
+            boxes = torch.cat([label["boxes"] for label in labels]).to(stages[0].boxes.dtype)
             flags = [label.get("labelled", True) for label in labels]
             labelled = None if all(flags) else torch.tensor(flags)[:, None].to(boxes, non_blocking=True)  # (B, 1)
-            class_loss = self._focal if self.activation == "sigmoid" else self._cross_entropy
-            sums, counts = {}, {}
-            for stage, matched in zip(predictions, matches, strict=True):
-                logits, predicted = predictions[stage]
-                loss, weight = class_loss(logits, targets[stage][0], *matched, labelled)
-                sums["loss_ce" + stage] = self.class_loss_weight * loss
-                sums |= {name + stage: loss for name, loss in self._box_losses(predicted, boxes, *matched).items()}
-                if weight is not None:
-                    counts["loss_ce" + stage] = weight
-            return _normalised(sums, counts, len(classes))
+            if pairs is None:
+                nothing = torch.zeros_like(classes)
+                searching = [s for s in stages if s.pairs is None]
+                matched = [(s.logits, s.boxes, nothing if s.agnostic else classes, boxes) for s in searching]
+                finish = self.start_matching(
+                    matched, [len(label["class_labels"]) for label in labels], searching[0].copies
+                )
+            # What follows needs no pairs: the device computes it while the host matches.
+            begun = [self.class_loss.begin(stage.logits) for stage in stages]
+            pairs = finish() if pairs is None else pairs
+            union, pairs = pairs[-1] if self.dense else None, iter(pairs)
+            sums, weights = [], []
+            for stage, beginning in zip(stages, begun, strict=True):
+                query, target = next(pairs) if stage.pairs is None else _in_every_layer(stage.pairs, stage.boxes)
+                # Known pairs are those of denoising queries, which are no part of the union.
+                dense = union is not None and stage.pairs is None
+                paired = _in_every_layer(union, stage.boxes) if dense else (query, target)
+                losses, iou = box_losses(stage.boxes, boxes, *paired, self.corner_l1)
+                if stage.sides is not None:
+                    losses |= self._side_losses(stage, boxes, paired, iou, labelled)
+                own_iou = pair_iou(stage.boxes, boxes, query, target) if dense else iou
+                chosen = torch.zeros_like(target) if stage.agnostic else classes[target]
+                of_class, weight = self.class_loss.finish(beginning, query, chosen, own_iou, labelled)
+                sums.append({self.class_loss.name: of_class} | losses)
+                weights.append(weight)
+            found = torch.tensor([len(classes), 0 if union is None else len(union[0])]).to(boxes, non_blocking=True)
+            (targets, dense), weights, num_ranks = _over_ranks(found, weights)
+            # With the averaged gradients of DistributedDataParallel, W ranks then train as one rank with all their
+            # images; so it is the number of all ranks that is raised to 1: without any box, the loss is that of the
+            # background. Without any labelled image it is 0.
+            for losses, stage, weight in zip(sums, stages, weights, strict=True):
+                own = (stage.copies * targets).clamp(min=1) / num_ranks
+                paired = own if union is None or stage.pairs is not None else dense.clamp(min=1) / num_ranks
+                of_class = own if weight is None else weight.clamp(min=1e-6) / num_ranks
+                divisors = dict.fromkeys(losses, paired) | {self.class_loss.name: of_class, "loss_ddf": 1}
+                losses |= {name: loss / divisors[name] for name, loss in losses.items()}
+            return sums
 
-    def assign(self, outputs: list[DetectorOutput], labels: list[dict]) -> list[tuple[Tensor, Tensor]]:
+    def _side_losses(
+        self, stage: Stage, boxes: Tensor, pairs: Pairs, iou: Tensor, labelled: Tensor | None
+    ) -> dict[str, Tensor]:
+        sides, (query, _) = full(stage.sides), pairs
+        return {
+            "loss_fgl": fine_grained_loss(sides, full(stage.frames), self.side_values, boxes, *pairs, iou),
+            # A mean already, over queries.
+            "loss_ddf": self_distillation_loss(sides, *stage.last, query, iou, stage.ends, labelled),
+        }
+
+    def assign(self, outputs: list[DetectorOutput], labels: list[dict]) -> list[Pairs]:
         """Matches the queries of every layer of several outputs with ground truth, see `match`."""
         with torch.autocast(outputs[0].logits.device.type, enabled=False):
             classes = torch.cat([label["class_labels"] for label in labels])
@@ -113,33 +215,37 @@ class DetectionCriterion:
             stages = [(full(x.logits), full(x.boxes), classes, boxes.to(full(x.boxes).dtype)) for x in outputs]
             return self.match(stages, [len(label["class_labels"]) for label in labels])
 
-    @torch.no_grad()
-    def match(
-        self, stages: list[tuple[Tensor, Tensor, Tensor, Tensor]], counts: list[int]
-    ) -> list[tuple[Tensor, Tensor]]:
+    def match(self, predictions: list[MatchInput], counts: list[int]) -> list[Pairs]:
         """Hungarian matching of every layer and image, with a single copy to the host for all of them.
 
         Args:
-            stages: for each set of predictions its logits (L, B, Q, C) and boxes (L, B, Q, 4), and the classes (N,)
-                and boxes (N, 4) of the targets of all images one after another.
+            predictions: for each set its logits (L, B, Q, C) and boxes (L, B, Q, 4), and the classes (N,) and boxes
+                (N, 4) of the targets of all images one after another.
             counts: how many of the N targets each of the B images has.
 
         Returns:
-            For each stage the indices of matched pairs: predictions counted over L * B * Q, and targets over N.
+            For each set the indices of matched pairs: predictions counted over L * B * Q, and targets over N.
         """
-        device = stages[0][0].device
+        return self.start_matching(predictions, counts)()
+
+    @torch.no_grad()
+    def start_matching(
+        self, predictions: list[MatchInput], counts: list[int], groups: int = 1
+    ) -> Callable[[], list[Pairs]]:
+        """Begins `match`; the function that is returned ends it. With `dense` it also gives the union of all pairs,
+        queries counted over B * Q."""
+        device = predictions[0][0].device
         counts = np.array(counts)
         if not counts.any():
-            return [(torch.empty(0, dtype=torch.int64, device=device),) * 2] * len(stages)
+            none = (torch.empty(0, dtype=torch.int64, device=device),) * 2
+            return lambda: [none] * (len(predictions) + self.dense)
         # Images have unequal numbers of targets: `slots` (B, T) says which target stands in which column of an image.
         ends = np.cumsum(counts)
         starts = ends - counts
         slots = np.minimum(np.arange(counts.max()) + starts[:, None], ends[-1] - 1)
         slots = torch.from_numpy(slots).to(device, non_blocking=True)
-        costs = [
-            self.cost(logits, boxes, classes[slots], targets[slots]) for logits, boxes, classes, targets in stages
-        ]
-        return match_targets(costs, counts)
+        costs = [self.cost(logits, boxes, classes[slots], aims[slots]) for logits, boxes, classes, aims in predictions]
+        return start_matching(costs, counts, groups, self.dense)
 
     def cost(self, logits: Tensor, boxes: Tensor, classes: Tensor, targets: Tensor) -> Tensor:
         """(L, B, Q, T) cost of each of Q predictions for each of T targets of the same image.
@@ -150,68 +256,75 @@ class DetectionCriterion:
         """
         index = classes[None, :, None].expand(*logits.shape[:3], -1)
         if self.activation == "sigmoid":
-            p = logits.gather(-1, index).sigmoid()
-            class_cost = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p**2 * -(1 - p + 1e-8).log()
+            p = logits.gather(-1, index).transpose(2, 3).sigmoid()  # (L, B, T, Q), as matching wants it
+            right = self.cost_alpha * (1 - p) ** self.cost_gamma * -(p + 1e-8).log()
+            class_cost = right - (1 - self.cost_alpha) * p**self.cost_gamma * -(1 - p + 1e-8).log()
         else:
-            class_cost = -logits.softmax(-1).gather(-1, index)
-        boxes, targets = boxes[..., None, :], targets[None, :, None]
-        corners, target_corners = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets)
+            class_cost = -logits.softmax(-1).gather(-1, index).transpose(2, 3)
+        pairs = [(boxes, targets), (cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets))]
+        (ours, theirs), corners = [(_apart(a)[:, :, None], _apart(b)[None, :, :, None]) for a, b in pairs]
         if self.corner_l1:
-            boxes, targets = corners, target_corners
-        bbox_cost = (boxes - targets).abs().sum(-1)
-        giou_cost = -generalized_iou(corners, target_corners)
-        return self.class_cost * class_cost + self.bbox_cost * bbox_cost + self.giou_cost * giou_cost
+            ours, theirs = corners
+        bbox_cost = sum((a - b).abs_() for a, b in zip(ours.unbind(-1), theirs.unbind(-1), strict=True))
+        giou_cost = -generalized_iou(*corners)
+        cost = self.class_cost * class_cost + self.bbox_cost * bbox_cost + self.giou_cost * giou_cost
+        return cost.transpose(2, 3)
 
-    def _focal(
-        self, logits: Tensor, classes: Tensor, query: Tensor, target: Tensor, labelled: Tensor | None
-    ) -> tuple[Tensor, None]:
-        """Sum of the focal loss over all (L, B, Q, C) logits; it is divided by the number of boxes."""
-        hit = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-        hit.view(-1, logits.shape[-1])[query, classes[target]] = True
-        right = torch.where(hit, logits, -logits)  # log-odds of the right answer
-        alpha = torch.full_like(logits, 1 - self.focal_alpha).masked_fill(hit, self.focal_alpha)
-        if labelled is not None:
-            alpha = alpha * labelled[..., None]
-        return (alpha * (-right).sigmoid() ** 2 * -F.logsigmoid(right)).sum(), None
 
-    def _cross_entropy(
-        self, logits: Tensor, classes: Tensor, query: Tensor, target: Tensor, labelled: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Weighted sum of the cross entropy over all queries, and the weights (L,) of a layer, to divide it by.
+class TransformersCriterion:
+    """Transformers' own loss in the place of `DetectionCriterion`: the same numbers on one rank, except that proposals
+    of two stages have no loss. On W ranks its box losses, and focal losses, are W times too large.
 
-        The sum is over layers and is to be divided by each layer's weight; all layers have the same one.
-        """
-        no_object = logits.shape[-1] - 1
-        wanted = torch.full(logits.shape[:3], no_object, device=logits.device)
-        wanted.view(-1)[query] = classes[target]
-        weight = torch.ones_like(logits[..., 0]).masked_fill(wanted == no_object, self.no_object_weight)
-        if labelled is not None:
-            weight = weight * labelled
-        loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), reduction="none").view_as(weight)
-        return (weight * loss).sum(), weight[-1].sum()
+    Args:
+        model: a `...ForObjectDetection` whose `loss_function` is that of DETR or Deformable DETR.
+        class_loss_weight: of the class loss, for which Transformers has none.
+    """
 
-    def _box_losses(self, boxes: Tensor, targets: Tensor, query: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Weighted sums over the matched pairs."""
-        predicted, wanted = boxes.flatten(0, 2)[query], targets[target]
-        corners, wanted_corners = cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted)
-        giou = generalized_iou(corners, wanted_corners)
-        if self.corner_l1:
-            predicted, wanted = corners, wanted_corners
+    def __init__(self, model: nn.Module, class_loss_weight: float = 1) -> None:
+        self.model, self.class_loss_weight = model, class_loss_weight
+
+    def __call__(self, output: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
+        """Weighted scalars `loss_ce`, `loss_bbox`, `loss_giou`, see `DetectionCriterion.__call__`."""
+        labelled = [i for i, label in enumerate(labels) if label.get("labelled", True)]
+        # Every rank must ask for the loss, which counts boxes over ranks: without labels it is multiplied by 0.
+        rows, config = labelled or [0], copy(self.model.config)
+        with torch.autocast(output.logits.device.type, enabled=False):
+            logits, boxes = full(output.logits)[:, rows], full(output.boxes)[:, rows]
+            config.auxiliary_loss = len(logits) > 1
+            config.decoder_layers = len(logits)
+            _, parts, _ = self.model.loss_function(
+                logits[-1], [labels[i] for i in rows], logits.device, boxes[-1], config, logits, boxes
+            )
+        layers = ["", *(f"_{i}" for i in range(len(logits) - 1))]
+        weights = {
+            "loss_ce": self.class_loss_weight,
+            "loss_bbox": config.bbox_loss_coefficient,
+            "loss_giou": config.giou_loss_coefficient,
+        }
         return {
-            "loss_bbox": self.bbox_loss_weight * (predicted - wanted).abs().sum(),
-            "loss_giou": self.giou_loss_weight * (1 - giou).sum(),
+            name: weight * bool(labelled) * sum(parts[name + layer] for layer in layers)
+            for name, weight in weights.items()
         }
 
 
-def _normalised(sums: dict[str, Tensor], weights: dict[str, Tensor], num_boxes: int) -> dict[str, Tensor]:
-    """Each sum over its weight, or else over the number of boxes, both averaged over all ranks.
+def _apart(boxes: Tensor) -> Tensor:
+    """The same (..., 4) boxes, laid out coordinate by coordinate, so that what reads one of them reads in a row."""
+    return boxes.movedim(-1, 0).contiguous().movedim(0, -1)
 
-    With the averaged gradients of DistributedDataParallel, W ranks then train as one rank with all their images; so it
-    is the number of all ranks that is raised to 1 where there is no box.
+
+def _in_every_layer(pairs: Pairs, boxes: Tensor) -> Pairs:
+    """The pairs of one layer, queries counted over B * Q, as those of all layers of `boxes` (L, B, Q, 4)."""
+    (query, target), (num_layers, num_images, num_queries, _) = pairs, boxes.shape
+    steps = num_images * num_queries * torch.arange(num_layers, device=query.device)
+    return (steps[:, None] + query).flatten(), target.repeat(num_layers)
+
+
+def _over_ranks(counts: Tensor, weights: list[Tensor | None]) -> tuple[Tensor, list[Tensor | None], int]:
+    """Sums over all ranks of `counts` and of those `weights` that are given, and how many ranks there are.
+
+    Every rank must have the same ones, whatever its images: it has no denoising queries where they have no objects.
     """
-    boxes = next(iter(sums.values())).new_full((), num_boxes)
-    totals, num_ranks = sum_over_ranks(torch.stack([boxes, *weights.values()]).detach())
-    boxes, *totals = totals.unbind()
-    # Without any box the loss is that of the background, without any labelled image it is 0.
-    totals = {name: total.clamp(min=1e-6) for name, total in zip(weights, totals, strict=True)}
-    return {name: loss / (totals.get(name, boxes.clamp(min=1)) / num_ranks) for name, loss in sums.items()}
+    given = [weight for weight in weights if weight is not None]
+    totals, num_ranks = sum_over_ranks(torch.cat([counts, *(weight.detach()[None] for weight in given)]))
+    summed = iter(totals[len(counts) :])
+    return totals[: len(counts)], [None if weight is None else next(summed) for weight in weights], num_ranks

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .classes import SharedClasses
-from .criterion import DetectionCriterion
+from .criterion import DetectionCriterion, TransformersCriterion
 from .detectors.base import DetectorAdapter, DetectorOutput
 from .errors import UserError
 from .methods import CombinedMethod, DistillationMethod
@@ -37,7 +37,7 @@ class Distiller(nn.Module):
     def __init__(
         self,
         adapter: DetectorAdapter,
-        criterion: DetectionCriterion | None,
+        criterion: DetectionCriterion | TransformersCriterion | None,
         method: DistillationMethod | CombinedMethod | None = None,
         classes: SharedClasses | None = None,
     ) -> None:

@@ -23,6 +23,11 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     Element by element: `a` (..., 4) and `b` (..., 4) are broadcast, so that `a[:, None]` and `b` give every pair.
     Boxes without area have finite values and gradients; two equal points have -1.
     """
+    return iou_and_giou(a, b)[1]
+
+
+def iou_and_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU in [0, 1] and generalised IoU, as `generalized_iou` computes them."""
     # Coordinate by coordinate: all four at once, of every pair, would take most of the memory of matching.
     (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a.unbind(-1), b.unbind(-1)
     low, high = torch.minimum, torch.maximum
@@ -30,7 +35,7 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     union = _length(ax1, ax2) * _length(ay1, ay2) + _length(bx1, bx2) * _length(by1, by2) - intersection
     iou = _ratio(intersection, union)
     hull = _length(low(ax1, bx1), high(ax2, bx2)) * _length(low(ay1, by1), high(ay2, by2))
-    return iou + _ratio(union, hull) - 1
+    return iou, iou + _ratio(union, hull) - 1
 
 
 def _length(start: Tensor, end: Tensor) -> Tensor:

@@ -86,6 +86,11 @@ class ModelConfig:
         "Hub id or folder of the teacher; 'shapes' for the packaged one; 'ema' for the moving average of the student "
         "itself (training.ema_decay); null: train without one",
     )
+    teacher_cache: str | None = _option(
+        None,
+        "Folder or data set on the Hub with the teacher's predictions (asd-hf cache), read in its place; "
+        "model.teacher still names it",
+    )
     student: StudentConfig | str = _option(StudentConfig, "Hub id or folder of the student, or how to build one")
     class_map: dict[str, str] = _option(
         dict, "What the teacher calls a class of the data, where the names differ: {motorbike: motorcycle}"

@@ -36,16 +36,15 @@ Made by `python -m tests.matrix docs/detectors.md` with transformers {version}.
 ## What each family gives
 
 Every adapter gives logits, boxes and hidden states of all decoder layers, and the feature maps that they read.
-*Loss*: asd_hf's own criterion, equal to Transformers' loss, or Transformers' own where denoising, groups of queries
-or box distributions belong to it. *Padding*: whether the model itself knows the valid image, or is asked in the frame
-of the padded canvas and its boxes are brought back. *Other questions*: whether a method may ask the decoder other
-queries than the model's own (`decode`).
+Every student's loss is that of Transformers, computed by asd_hf ([detection_loss.md](detection_loss.md)). *Padding*:
+whether the model itself knows the valid image, or is asked in the frame of the padded canvas and its boxes are brought
+back. *Other questions*: whether a method may ask the decoder other queries than the model's own (`decode`).
 
 {families}
 
 YOLOS shows its last layer alone, because its heads are trained on no other: use `method.layers: 1`. Grounding DINO is
 told the names of the data's classes, or those of `model.class_map`; a class's probability is the mean of its tokens'.
-AdaMixer is not of Transformers but of `asd_hf.models`: [adamixer.md](adamixer.md).
+AdaMixer is not of Transformers but of `asd_hf.models`, its loss that of the original: [adamixer.md](adamixer.md).
 
 ## Which teaches which
 
@@ -137,15 +136,14 @@ def train_pair(teacher_name: str, student_name: str, data: DataConfig, folder: P
 
 
 def _families() -> Iterator[str]:
-    yield "| family | classes | loss | padding | sides are multiples of | other questions | role |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    yield "| family | classes | padding | sides are multiples of | other questions | role |"
+    yield "| --- | --- | --- | --- | --- | --- |"
     for name in FAMILIES:
         adapter = make_teacher(name)
         spec, student = adapter.spec, name in STUDENTS
         cells = [
             name,
             spec.activation,
-            "-" if not student else "Transformers'" if adapter.own_loss else "asd_hf's",
             "canvas" if adapter.sees_padding else "valid image",
             str(adapter.size_divisor) if adapter.size_divisor > 1 else "any",
             "yes" if "decode" in spec.capabilities else "no",

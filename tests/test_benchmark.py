@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
+from asd_hf.benchmark import data, evaluation, loss, step
+from asd_hf.build import Parts
 from asd_hf.commands import run
+from asd_hf.config import load_config
+from asd_hf.data import DataConfig, RowTransform
+from asd_hf.data.transforms import draw_geometry, seeded
+from asd_hf.evaluation import STATS
 from asd_hf.methods.asd import ASD
 from asd_hf.phases import Stopwatch, phase
 from asd_hf.trainer import DistillationTrainer
+from tests.tiny_data import tiny_rows, write_coco
 from tests.tiny_run import configuration, write_places
 
 
@@ -63,28 +71,188 @@ def test_a_step_under_each_method_is_measured_and_what_cannot_be_is_named(tmp_pa
     ]
     assert run("benchmark", arguments) == 0
     shown = capsys.readouterr().out
-    rows = {row["method"]: row for row in json.loads((tmp_path / "a.json").read_text())}
-    assert list(rows) == ["none", "asd", "od_detr", "kd_detr", "d3etr", "index_pairing"]
+    rows = {row["name"]: row for row in json.loads((tmp_path / "a.json").read_text())}
+    assert list(rows) == [
+        *("Transformers' own", "none", "none + teacher"),
+        *("asd", "od_detr", "kd_detr", "d3etr", "index_pairing"),
+    ]
     assert "and the teacher 9" in rows["index_pairing"]["refused"] and "index_pairing: refused:" in shown
+    del rows["index_pairing"]
     cost = {name: row["milliseconds"] for name, row in rows.items()}
     assert cost["none"]["teacher"] == cost["none"]["extra decoding"] == cost["asd"]["matching"] == 0
-    assert rows["none"]["ratio"] == 1 != rows["kd_detr"]["ratio"]
+    assert rows["none"]["ratio"] == 1 != rows["kd_detr"]["ratio"] and rows["none + teacher"]["of_teacher_too"] == 1
     assert cost["asd"]["teacher"] > 0 < cost["kd_detr"]["extra decoding"] and cost["d3etr"]["matching"] > 0
+    assert cost["none + teacher"]["teacher"] > 0 < cost["Transformers' own"]["detection loss"]
     assert rows["asd"]["parameters"] > 0 == rows["od_detr"]["parameters"]
-    for name in set(rows) - {"index_pairing"}:
-        assert cost[name]["student"] > 0 < cost[name]["backward"]
-        assert sum(cost[name].values()) - cost[name]["step"] == pytest.approx(cost[name]["step"], rel=0.5)
-        assert f"| {name} " in shown
+    for name, row in rows.items():
+        assert all(cost[name][phase] > 0 for phase in ("student", "detection loss", "backward", "optimizer"))
+        assert sum(cost[name].values()) == pytest.approx(row["ours_ms"], rel=0.5)
+        assert row["reference_ms"] == rows["none"]["ours_ms"] and row["device"] == "cpu"
+        assert shown.count(f"| {name.ljust(17)} |") == 2
+
+
+def test_own_work_leaves_out_the_teacher_and_the_models_stand_still(tmp_path, monkeypatch):
+    """The seconds of the phases are given: plain training 1, 3 and 5 s, each method's step 4 s more, 3 of them the
+    teacher's."""
+    file = tmp_path / "run.yaml"
+    values = configuration(write_places(tmp_path / "places"), method={"ramp_steps": 0})
+    values["training"]["learning_rate"] = 1.0
+    file.write_text(yaml.safe_dump(values))
+    parts, before = Parts(load_config(file)), {}
+    before = {name: tensor.clone() for name, tensor in parts.student.model.named_parameters()}
+    take_one_step, calls = step._one_step, []
+
+    def spy(trainer, batch, watch, taught=None):
+        assert take_one_step(trainer, batch, watch, taught)
+        calls.append(trainer)
+        plain = float(1 + 2 * ((len(calls) - 1) // 3))  # a round has three calls
+        asked = {"teacher": 3.0} if taught or trainer.method else {}
+        return {"student": plain} | asked | ({"method": 1.0} if trainer.method else {})
+
+    monkeypatch.setattr(step, "_one_step", spy)
+    monkeypatch.setattr(step, "_stock_step", lambda *_: lambda: {"student": 1.0})
+    costs, refused = step.measure_steps(parts, {"asd": parts.run.methods}, rounds=2)
+    row = {cost.name: cost for cost in costs}["asd"]
+    assert not refused and len(calls) == 9
+    assert (row.own_ms, row.own_spread_ms) == (1000, 0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in parts.student.model.named_parameters())
+
+
+def test_variants_of_one_method_are_measured_and_other_sections_are_refused(tmp_path, capsys):
+    file, variants = tmp_path / "run.yaml", tmp_path / "variants.yaml"
+    file.write_text(yaml.safe_dump(configuration(write_places(tmp_path / "places"))))
+    small = {"name": "asd", "hidden_dim": 16, "key_dim": 16}
+    variants.write_text(
+        yaml.safe_dump(
+            {
+                "none": {"method": "none"},
+                "one": {"method": small | {"layers": 1}},
+                "two": {"method": [small | {"key_dim": 32}, "fitnet"]},
+                "longer": {"method": small, "training": {"max_steps": 9}},
+            }
+        )
+    )
+    arguments = ["step", "--config", str(file), "--variants", str(variants), "--rounds", "1"]
+    assert run("benchmark", arguments) == 2
+    assert "variant 'longer' has its own 'training'" in capsys.readouterr().err
+    assert run("benchmark", [*arguments, "--methods", "none,two,one", "--cpu-time"]) == 0
+    table = capsys.readouterr().out
+    assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[-5:]] == [
+        *("Transformers' own", "none", "none + teacher"),
+        *("two", "one"),
+    ]
+    assert "of two's own work" in table
+
+
+@pytest.mark.parametrize("augmentation", ["none", "flip", "detr"])
+def test_the_usual_pipeline_makes_the_same_sample(tmp_path, augmentation):
+    write_coco(tmp_path / "coco", "train", tiny_rows(9))
+    sizes = {"train_sizes": [160], "max_size": 400, "augmentation": augmentation}
+    config = DataConfig(source=str(tmp_path / "coco"), **sizes)
+    ours, usual = RowTransform(config, training=True), data.UsualTransform(config)
+    cropped = 0
+    for row in data.read_images(config, 9):
+        mine, theirs = ours(row), usual(row)
+        mean, std = (torch.tensor(x)[:, None, None] for x in (usual.processor.image_mean, usual.processor.image_std))
+        pixels = (mine["pixel_values"] / 255 - mean) / std
+        assert pixels.shape == theirs["pixel_values"].shape
+        assert (pixels - theirs["pixel_values"]).abs().mean() < 0.1  # two resizes for one where there is a crop
+        assert torch.equal(mine["labels"]["class_labels"], theirs["labels"]["class_labels"])
+        torch.testing.assert_close(mine["labels"]["boxes"], theirs["labels"]["boxes"])
+        with seeded(0, 0, row["image_id"]):
+            cropped += draw_geometry(config, row["height"], row["width"]).window[2:] != (row["height"], row["width"])
+    assert (cropped > 0) == (augmentation == "detr")
+
+
+def test_data_is_measured(tmp_path, capsys):
+    write_coco(tmp_path / "coco", "train", tiny_rows(9))
+    file, numbers = tmp_path / "run.yaml", tmp_path / "a.json"
+    file.write_text(yaml.safe_dump({"data": {"source": str(tmp_path / "coco"), "train_sizes": [160]}}))
+    arguments = ["data", "--config", str(file), "--rounds", "2", "--json", str(numbers)]
+    assert run("benchmark", [*arguments, "--images", "10"]) == 2
+    assert "--images 10: " in capsys.readouterr().err
+    assert run("benchmark", [*arguments, "--images", "9"]) == 0
+    usual, decoding = json.loads(numbers.read_text())
+    assert usual["ratio"] < 1 < decoding["ratio"] and usual["ours_ms"] == decoding["ours_ms"]
+    assert "| usual pipeline |" in capsys.readouterr().out
+
+
+def test_evaluation_is_measured_and_its_numbers_are_compared(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "a.json"
+    arguments = ["eval", "--images", "30", "--detections", "20", "--json", str(file)]
+    assert run("benchmark", arguments) == 0
+    (row,) = json.loads(file.read_text())
+    assert row["difference"] == 0 < row["ratio"] < 1 and row["ours_ms"] < row["reference_ms"]
+    assert "30 images x 20 detections" in capsys.readouterr().out
+    monkeypatch.setattr(evaluation, "score", lambda *_: (dict.fromkeys(STATS, 0.25), [0.25] * 80))
+    assert run("benchmark", arguments) == 0
+    (row,) = json.loads(file.read_text())
+    assert row["difference"] > 0.2
+
+
+def test_detections_are_like_a_detector_s():
+    images = evaluation.make_detections(60, 100)
+    numbers, per_class = evaluation.score(images, 80)
+    assert 0.05 < numbers["AP"] < 0.5 and all(value > 0 for value in numbers.values())
+    assert any(image.ground_truth[:, 5].any() for image in images.values())
+    assert all((np.diff(image.predictions[:, 4]) <= 0).all() for image in images.values())
+    assert len(images[1].predictions) == 100 and min(per_class) == -1
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "asdd"], "--methods: unknown method 'asdd': did you mean 'asd'?"),
+        (["--methods", "asdd"], "--methods: 'asdd': did you mean 'asd'?"),
         (["--json", "nowhere/a.json"], "--json: folder nowhere does not exist"),
         (["--rounds", "0"], "--rounds must be 1 or more, not 0"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys):
     assert run("benchmark", ["step", "--config", "configs/quickstart.yaml", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert run("benchmark", ["stepp"]) == 2
+    assert "unknown benchmark 'stepp': did you mean 'step'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["deformable_detr", "detr", "rt_detr", "d_fine", "deimv2", "rf_detr"])
+def test_the_loss_is_measured_against_transformers_and_equal(family, tmp_path, capsys):
+    file = tmp_path / "a.json"
+    size = ["--images", "2", "--layers", "2", "--queries", "12", "--classes", "4", "--boxes", "3"]
+    assert run("benchmark", ["loss", "--family", family, "--rounds", "1", "--json", str(file), *size]) == 0
+    rows = json.loads(file.read_text())
+    assert [row["name"] for row in rows] == ["late training", "early training"]
+    for row in rows:
+        assert row["ours_ms"] > 0 < row["reference_ms"] and row["device"] in ("cpu", "cuda")
+        assert row["ratio"] == pytest.approx(row["ours_ms"] / row["reference_ms"])
+        assert 0 < row["difference"] < 1e-5
+    assert "| early training |" in capsys.readouterr().out
+
+
+def test_late_in_training_predictions_stand_at_their_objects():
+    step = loss._Step("deformable_detr", loss.LossSize(images=2, layers=2, queries=40, classes=4, boxes=3), True, 0)
+    boxes, logits = step.leaves["outputs_coord"], step.leaves["outputs_class"]
+    for image, label in enumerate(step.labels):
+        for box, wanted in zip(label["boxes"], label["class_labels"], strict=True):
+            near = (boxes[:, image] - box).abs().amax(-1) < 5 * loss.NOISE
+            assert (near.sum(1) >= loss.NEAR).all()
+            assert logits[:, image][near][:, wanted].mean() > -2.5 > logits.mean()
+
+
+def test_a_sweep_has_a_row_for_every_size(monkeypatch):
+    monkeypatch.setitem(loss.SWEEPS, "boxes", (0, 2))
+    size = loss.LossSize(images=1, layers=1, queries=5, classes=3)
+    names = [row.name for row in loss.measure_losses("rt_detr", size, "boxes", 1)]
+    assert names == [f"{when} training, {count} boxes" for count in (0, 2) for when in ("late", "early")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--family", "rt_dert"], "--family: unknown family 'rt_dert': did you mean 'rt_detr'?"),
+        (["--boxes", "-1"], "--boxes must be 0 or more, not -1"),
+        (["--images", "0"], "--images must be 1 or more, not 0"),
+    ],
+)
+def test_mistakes_about_the_loss_are_one_line(arguments, message, capsys):
+    assert run("benchmark", ["loss", *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -323,8 +323,13 @@ def test_a_known_assignment_takes_the_place_of_matching(activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_one_copy_to_the_host_a_step(monkeypatch, activation):
     copies = []
-    cpu = torch.Tensor.cpu
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copies.append(self.shape) or cpu(self))
+    to = torch.Tensor.to
+
+    def spy(self, *args, **kwargs):
+        copies.extend([self.shape] if args[:1] == ("cpu",) else [])
+        return to(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", spy)
     output = predictions(proposals=30 if activation == "sigmoid" else None)
     labels = [label | {"labelled": True} for label in tiny.batch(4, num_classes=4)["labels"]]
     with HostReads() as reads:

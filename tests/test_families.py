@@ -9,6 +9,7 @@ from transformers import MODEL_FOR_OBJECT_DETECTION_MAPPING, MODEL_FOR_ZERO_SHOT
 
 from asd_hf.detectors import ADAPTERS, get_adapter
 from asd_hf.evaluation import evaluate_detector
+from asd_hf.fast_criterion import use_fast_criterion
 from tests import tiny
 from tests.families import FAMILIES, OPEN_VOCABULARY, STUDENTS
 
@@ -258,12 +259,18 @@ def test_predictions_are_fp32_under_autocast(adapter):
         assert (output.boxes[0] - exact.boxes[0]).abs().median() < 0.02
 
 
-def test_own_losses_are_transformers(student):
+@pytest.mark.parametrize("fast", [False, True])
+def test_own_losses_are_transformers(student, fast):
     """The sum is the loss of the model itself, denoising and groups included, and so is the gradient of every part."""
     if not student.own_loss:
         pytest.skip("trained by DetectionCriterion")
     batch = tiny.batch(2, sizes=FULL)
+    student.fast_loss = fast
+    if fast:
+        use_fast_criterion(student.model)
     output = losses_of(student, batch)
+    if fast:
+        del student.model._loss_function
     student.model.config.auxiliary_loss = True
     torch.manual_seed(0)
     expected = ask_transformers(student, batch, labels=batch["labels"]).loss
@@ -273,12 +280,13 @@ def test_own_losses_are_transformers(student):
     trained = {name: p for name, p in student.model.named_parameters() if p.requires_grad}
     ours, theirs = (torch.autograd.grad(loss, trained.values(), allow_unused=True) for loss in (total, expected))
     assert sum(gradient is not None and bool(gradient.any()) for gradient in theirs) > 0.9 * len(trained)
+    largest = max(reference.abs().max().item() for reference in theirs if reference is not None)
     for name, gradient, reference in zip(trained, ours, theirs, strict=True):
         if reference is None:
             assert gradient is None or not gradient.any(), name
-        else:
-            scale = reference.abs().max().item()
-            torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=1e-4 * scale + 1e-7, msg=name)
+        else:  # some gradients are zero but for rounding: a softmax does not see the bias of its keys
+            tolerance = 1e-4 * reference.abs().max().item() + 1e-6 * largest
+            torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=tolerance, msg=name)
 
 
 def test_the_host_waits_for_nothing_but_the_models_own(student):
@@ -295,10 +303,14 @@ def test_the_host_waits_for_nothing_but_the_models_own(student):
         assert ours.count <= own.count
 
 
-def test_own_losses_leave_unlabelled_images_out(student):
+@pytest.mark.parametrize("fast", [False, True])
+def test_own_losses_leave_unlabelled_images_out(student, fast):
     """With confident heads: at the initial ones the background costs next to nothing."""
     if not student.own_loss:
         pytest.skip("trained by DetectionCriterion")
+    student.fast_loss = fast
+    if fast:
+        use_fast_criterion(student.model)
     with torch.no_grad():
         for head in student.class_heads:
             if isinstance(head, nn.Linear):

@@ -265,6 +265,15 @@ def test_a_refusal_is_one_line_and_not_repeated(hub, tmp_path):
     assert sum("repos/create" in request for request in hub.requests) == 1
 
 
+def test_a_large_file_that_is_refused_is_one_line(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    hub.failures += [("/objects/", 403)]
+    with pytest.raises(UserError, match="Error while uploading 'model.safetensors'.*the student is in"):
+        call_hub(lambda: upload(hub, tmp_path), "the student is in here", wait=0.01)
+    assert not hub.failures
+
+
 def test_a_dead_hub_is_one_line(tmp_path):
     card(tmp_path)
     with HubServer() as gone:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from asd_hf.matching import match_sets, match_targets
+from asd_hf.matching import match_sets, match_targets, start_matching
 
 
 def costs(*shape, seed=0):
@@ -53,6 +53,37 @@ def test_targets_are_matched_as_by_trying_all():
                     want.add(((layer * images + image) * queries + i, counts[:image].sum() + j))
         pairs = list(zip(query.tolist(), target.tolist(), strict=True))
         assert len(pairs) == len(want) and set(pairs) == want
+
+
+@pytest.mark.parametrize("queries_last", [False, True])
+def test_groups_of_queries_are_each_matched_with_all_targets(queries_last):
+    """Whatever lies in a row in memory; pairs come in the order of the queries."""
+    counts, cost = np.array([2, 0, 5]), costs(2, 3, 12, 5)
+    if queries_last:
+        cost = cost.transpose(2, 3).contiguous().transpose(2, 3)
+    ((query, target),) = match_targets([cost], counts, groups=3)
+    want = set()
+    for layer in range(2):
+        for image in (0, 2):
+            for group in range(3):
+                part = cost[layer, image, 4 * group : 4 * (group + 1), : counts[image]]
+                first = (layer * 3 + image) * 12 + 4 * group
+                want |= {(first + i, counts[:image].sum() + j) for i, j in cheapest(part)}
+    pairs = list(zip(query.tolist(), target.tolist(), strict=True))
+    assert len(pairs) == len(want) and set(pairs) == want and pairs == sorted(pairs)
+
+
+def test_the_union_has_for_each_query_the_target_that_most_layers_gave_it():
+    counts, given = np.array([3, 0, 4]), [costs(4, 3, 5, 4), costs(3, 3, 5, 4, seed=1)]
+    *pairs, (query, target) = start_matching(given, counts, with_union=True)()
+    votes = {}
+    for queries, targets in pairs:
+        for q, t in zip((queries % 15).tolist(), targets.tolist(), strict=True):
+            votes.setdefault(q, []).append(t)
+    assert sorted(query.tolist()) == sorted(votes)
+    assert any(len(set(given)) > 1 for given in votes.values())
+    for q, t in zip(query.tolist(), target.tolist(), strict=True):
+        assert votes[q].count(t) == max(map(votes[q].count, votes[q]))
 
 
 def test_padding_is_never_matched():

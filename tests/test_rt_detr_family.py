@@ -15,6 +15,7 @@ from transformers.loss.loss_rt_detr import RTDetrLoss
 from transformers.models.d_fine.modeling_d_fine import distance2bbox, inverse_sigmoid, weighting_function
 
 from asd_hf.detectors import get_adapter
+from asd_hf.fast_criterion import use_fast_criterion
 from asd_hf.student import StudentConfig, build_student
 from tests import tiny
 from tests.families import FAMILIES, HGNET, REAL_TIME, RT_RESNET
@@ -218,11 +219,14 @@ def test_a_student_without_denoising(adapter):
     assert ask(adapter, tiny.batch(2, num_classes=2), labels=True).logits.shape[-1] == 2
 
 
-def work(rank, world, path, boxes):
+def work(rank, world, path, boxes, fast):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}/{world}", rank=rank, world_size=world)
     adapter = get_adapter(*FAMILIES["rt_detr"]())  # eval mode: without denoising, whose noise is random
     adapter.model.double()
+    adapter.fast_loss = fast
+    if fast:
+        use_fast_criterion(adapter.model)
     batch = tiny.batch(4, sizes=((64, 64),), boxes=boxes)
     for label in batch["labels"]:
         label["boxes"] = label["boxes"].double()
@@ -242,9 +246,11 @@ def work(rank, world, path, boxes):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo over a file store")
 @pytest.mark.parametrize("boxes", [(0, 0, 3, 1), (0, 0, 1, 0), (0, 0, 0, 0)])
-def test_two_ranks_equal_one_with_the_doubled_batch(tmp_path, boxes):
+@pytest.mark.parametrize("fast", [False, True])
+def test_two_ranks_equal_one_with_the_doubled_batch(tmp_path, boxes, fast):
     for world in (1, 2):
-        torch.multiprocessing.start_processes(work, (world, str(tmp_path), boxes), nprocs=world, start_method="fork")
+        arguments = world, str(tmp_path), boxes, fast
+        torch.multiprocessing.start_processes(work, arguments, nprocs=world, start_method="fork")
     one, two = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2))
     assert len(one) == len(two) > 50
     for a, b in zip(one, two, strict=True):

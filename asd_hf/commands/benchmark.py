@@ -1,49 +1,168 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from transformers import set_seed
 
-from ..benchmark import format_costs, measure_steps
+from ..benchmark.data import OURS, measure_data
+from ..benchmark.evaluation import measure_evaluation
+from ..benchmark.loss import SWEEPS, LossSize, measure_losses
+from ..benchmark.sidebyside import format_table, write_rows
+from ..benchmark.step import format_costs, measure_steps
 from ..build import Parts
-from ..config import load_config
+from ..compare.plan import choose_variants, read_variants
+from ..config import build_methods, load_config
 from ..errors import UserError
-from ..methods import METHODS
+from ..fast_criterion import LOSSES
+from ..methods import METHODS, MethodConfig
 from ..registry import nearest
 from .train import report_progress
 
 
 def main(argv: list[str]) -> None:
-    """Measures a training step under each method, phase by phase, side by side with plain training."""
-    parser = argparse.ArgumentParser(prog="asd-hf benchmark", description=main.__doc__)
-    parser.add_argument("what", choices=["step"], help="step: of training, with one method after the other")
+    """Measures parts of the work side by side with what they are compared with."""
+    what, *rest = argv or ["--help"]
+    if what in ("-h", "--help"):
+        print("usage: asd-hf benchmark WHAT ...; asd-hf benchmark WHAT --help tells more\n")
+        print("\n".join(f"  {name:<12} {run.__doc__}" for name, run in BENCHMARKS.items()))
+        return
+    if what not in BENCHMARKS:
+        raise UserError(f"unknown benchmark {what!r}: {nearest(what, BENCHMARKS)}")
+    BENCHMARKS[what](rest)
+
+
+def step(argv: list[str]) -> None:
+    """a training step under each method, phase by phase, and as Transformers' example takes it"""
+    parser = _parser("step", step.__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see configs/")
     parser.add_argument(
-        "--methods", default=",".join(METHODS), metavar="A,B", help="of these methods (default: of all)"
+        "--variants", type=Path, metavar="FILE", help="YAML of named methods with options, as `compare` reads it"
     )
-    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="steps of each method (default: 10)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+    parser.add_argument(
+        "--methods",
+        metavar="A,B",
+        help="of the variants, or methods with their defaults (default: all variants, or all methods); the own work "
+        "of the first is the measure of the others'",
+    )
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count the CPU's time for this process, on a machine that is busy"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
-    args = parser.parse_intermixed_args(argv)
-    methods = [name.strip() for name in args.methods.split(",")]
-    for name in methods:
-        if name not in METHODS and ":" not in name:
-            raise UserError(f"--methods: unknown method {name!r}: {nearest(name, METHODS)}")
-    if args.rounds < 1:
-        raise UserError(f"--rounds must be 1 or more, not {args.rounds}")
-    if args.json is not None and not args.json.parent.is_dir():
-        raise UserError(f"--json: folder {args.json.parent} does not exist")
+    args = _parse(parser, argv)
     run = load_config(args.config, args.overrides)
+    names = args.methods and [name.strip() for name in args.methods.split(",")]
+    methods = _methods(args.variants, names, run.methods)
     report_progress(run.training.process_index)
     set_seed(run.training.seed)
     with tempfile.TemporaryDirectory() as folder:
         run.training.leave_no_trace(folder)
-        costs = measure_steps(Parts(run), methods, args.rounds)
-    print(format_costs(costs))
+        costs, refused = measure_steps(Parts(run), methods, args.rounds, args.cpu_time)
+    print(format_costs(costs, refused))
     if args.json is not None:
-        rows = [asdict(cost) | {"device": str(run.training.device)} for cost in costs]
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+        write_rows(
+            args.json, [*map(asdict, costs), *({"name": name, "refused": why} for name, why in refused.items())]
+        )
+
+
+def data(argv: list[str]) -> None:
+    """images a second and core, against the usual pipeline and bare decoding"""
+    parser = _parser("data", data.__doc__, rounds=5)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see configs/; only `data` is read")
+    parser.add_argument("--images", type=int, default=64, metavar="N", help="the first of the data (default: 64)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
+    args = _parse(parser, argv, "images")
+    rows = measure_data(load_config(args.config, args.overrides).data, args.images, args.rounds)
+    ours = next(iter(rows.values()))
+    cells = [[OURS, f"{ours.ours_ms:.2f}", f"{ours.ours_spread_ms:.2f}", f"{1e3 / ours.ours_ms:.0f}", "1.00 x"]]
+    for name, row in rows.items():
+        numbers = f"{row.reference_ms:.2f}", f"{row.reference_spread_ms:.2f}", f"{1e3 / row.reference_ms:.0f}"
+        cells.append([name, *numbers, f"{1 / row.ratio:.2f} x"])
+    print(format_table(["", "ms an image", "spread", "images/s and core", "ours, times as fast"], cells))
+    if args.json is not None:
+        write_rows(args.json, [asdict(row) for row in rows.values()])
+
+
+def evaluation(argv: list[str]) -> None:
+    """COCO's numbers, and whether they are pycocotools'"""
+    parser = _parser("eval", evaluation.__doc__, rounds=1)
+    parser.add_argument("--images", type=int, default=5000, metavar="N", help="default: 5000, as val2017 has")
+    parser.add_argument("--detections", type=int, default=100, metavar="N", help="of each image (default: 100)")
+    args = _parse(parser, argv, "images", "detections")
+    row, difference = measure_evaluation(args.images, args.detections, args.rounds)
+    cells = [row.name, f"{row.ours_ms:.0f}", f"{row.reference_ms:.0f}", f"1/{1 / row.ratio:.0f}", f"{difference:g}"]
+    print(format_table(["", "ours, ms", "pycocotools, ms", "of pycocotools", "largest difference"], [cells]))
+    if args.json is not None:
+        write_rows(args.json, [asdict(row) | {"difference": difference}])
+
+
+def loss(argv: list[str]) -> None:
+    """the detection loss, against Transformers' own"""
+    parser = _parser("loss", loss.__doc__, rounds=15)
+    parser.add_argument("--family", default="deformable_detr", metavar="NAME", help="default: deformable_detr")
+    for field in fields(LossSize):
+        what = "targets of each image" if field.name == "boxes" else field.name
+        parser.add_argument(
+            f"--{field.name}", type=int, default=field.default, metavar="N", help=f"{what} (default: {field.default})"
+        )
+    parser.add_argument("--sweep", choices=list(SWEEPS), help="one of these in several sizes")
+    args = _parse(parser, argv, "images", "layers", "queries", "classes")
+    if args.boxes < 0:
+        raise UserError(f"--boxes must be 0 or more, not {args.boxes}")
+    if args.family not in LOSSES:
+        raise UserError(f"--family: unknown family {args.family!r}: {nearest(args.family, LOSSES)}")
+    size = LossSize(**{field.name: getattr(args, field.name) for field in fields(LossSize)})
+    rows = list(measure_losses(args.family, size, args.sweep, args.rounds))
+    header = ["", "ours, ms", "spread", "Transformers, ms", "spread", "times faster", "largest difference"]
+    cells = []
+    for row in rows:
+        numbers = row.ours_ms, row.ours_spread_ms, row.reference_ms, row.reference_spread_ms, 1 / row.ratio
+        cells.append([row.name, *(f"{number:.1f}" for number in numbers), f"{row.difference:.0e}"])
+    print(format_table(header, cells))
+    if args.json is not None:
+        write_rows(args.json, [asdict(row) for row in rows])
+
+
+BENCHMARKS = {"step": step, "loss": loss, "data": data, "eval": evaluation}
+
+
+def _parser(what: str, description: str, rounds: int = 10) -> argparse.ArgumentParser:
+    """With the arguments that all benchmarks have."""
+    parser = argparse.ArgumentParser(prog=f"asd-hf benchmark {what}", description=f"Measures {description}.")
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, metavar="N", help=f"measurements of each side (default: {rounds})"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+    return parser
+
+
+def _parse(parser: argparse.ArgumentParser, argv: list[str], *counts: str) -> argparse.Namespace:
+    args = parser.parse_intermixed_args(argv)
+    for name in ("rounds", *counts):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be 1 or more, not {getattr(args, name)}")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise UserError(f"--json: folder {args.json.parent} does not exist")
+    return args
+
+
+def _methods(
+    file: Path | None, names: list[str] | None, configured: dict[str, MethodConfig]
+) -> dict[str, dict[str, MethodConfig]]:
+    """What each row trains with: variants of `file`, or methods as they are `configured` or with their defaults."""
+    known = {} if file is None else read_variants(file)
+    names = list(known or METHODS) if names is None else names
+    own = {name: {"method": name} for name in names if ":" in name}  # module:Class
+    methods = {}
+    for name, sections in choose_variants(own | known, names).items():
+        for section in sections.keys() - {"method"}:
+            raise UserError(
+                f"{file}: variant {name!r} has its own {section!r}, but methods are measured on the same models and "
+                "data: leave it out with --methods"
+            )
+        methods[name] = build_methods(sections.get("method", {}), f"{file} under variant {name!r}")
+        if name in configured and name not in known:
+            methods[name] = {name: configured[name]}
+    return {name: chosen for name, chosen in methods.items() if chosen}  # plain training is measured anyway

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -46,9 +45,9 @@ def open_plans(plans: Sequence[Plan], output: Path, work: Path) -> list[Plan]:
 
 
 def _described(record: dict) -> dict:
-    """What `Plan.described` says, of the run of a record."""
-    training = {key: value for key, value in record["config"]["training"].items() if key != "seed"}
-    return record["config"] | {"training": training, "compare": {"minutes": record["minutes"]}}
+    """What `Plan.described` says, of the run of a record; options that are younger than it have their defaults."""
+    plan = Plan(record["setting"], record["method"], record["seed"], record["minutes"], record["config"])
+    return plan.described()
 
 
 def _difference(old: dict, new: dict) -> str | None:
@@ -97,17 +96,13 @@ class Schedule:
             threads = [threading.Thread(target=self._place, args=(i,), daemon=True) for i in range(self.jobs)]
             for thread in threads:
                 thread.start()
-            # As Ctrl-C: the runs are ended first.
-            before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
             try:
                 for thread in threads:
                     while thread.is_alive():
                         thread.join(0.5)
             except BaseException:
-                self._stop()
+                self._stop()  # the runs are ended first
                 raise
-            finally:
-                signal.signal(signal.SIGTERM, before)
         return self.failures
 
     def _stop(self) -> None:

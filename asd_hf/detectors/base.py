@@ -46,11 +46,11 @@ class DetectorOutput:
 
     logits: Tensor  # (L, B, Q, C); softmax heads have C + 1 columns, the last one "no object"
     boxes: Tensor  # (L, B, Q, 4)
-    queries: Tensor  # (L, B, Q, D), the decoder's hidden states
+    queries: Tensor | None  # (L, B, Q, D), the decoder's hidden states; None of a cached teacher that kept none
     features: list[Tensor] = field(default_factory=list)  # one (B, D, H, W) a level, finest first
     decode: Callable[[Tensor, Tensor, Tensor], DetectorOutput] | None = None  # asks the encoded images other questions
     proposals: tuple[Tensor, Tensor] | None = None  # two-stage: (B, S, C) logits and (B, S, 4) boxes of the encoder
-    losses: dict[str, Tensor] | None = None  # Transformers' own, weighted: `DetectorAdapter.own_loss`
+    losses: dict[str, Tensor] | None = None  # the family's own, weighted: `DetectorAdapter.own_loss`
     # Canvas (B, H, W) as the model saw it, true where the image is; the tensor that `prepare` gave. Answers have none.
     mask: Tensor | None = None
     # Logits (L, B, Q, 4, bins) of how far the left, top, right and bottom side of a box lies outside that of its frame
@@ -110,8 +110,8 @@ class DetectorAdapter:
         slow_parameters: fragments of the names of parameters that train at a tenth of the rate.
         frozen_stages: of a pretrained backbone, as the family is trained; see `student.freeze_backbone`.
         class_loss_weight: of the family's original recipe.
-        own_loss: the family is trained by Transformers' own loss, which needs its training-only queries or box
-            distributions; otherwise by `DetectionCriterion`.
+        own_loss: the loss needs the family's training-only queries or box distributions, so that the adapter computes
+            it with the model's `loss_function`; otherwise it is that of `DetectionCriterion`.
         auxiliary_loss: Transformers' option of that name in the saved configuration.
         sees_padding: the model knows no padding mask; it is asked in the frame of the padded canvas.
         two_stage: the queries are the best cells of the feature maps, which must be as many.
@@ -135,6 +135,7 @@ class DetectorAdapter:
     two_stage = False
     open_vocabulary = False
     with_attention = False  # see `watch_attention`
+    fast_loss = False  # `own_loss` is asd_hf's, see `fast_criterion`, which itself counts boxes over all ranks
 
     def __init__(self, model: nn.Module, processor) -> None:
         self.model, self.processor = model, processor

@@ -17,7 +17,7 @@ class LwDetrAdapter(DetectorAdapter):
     """Adapter of `LwDetrForObjectDetection`.
 
     In training mode the model answers for all its groups of queries; the output shows the first one, which is the one
-    of evaluation, and Transformers' own loss takes all. The loss of eval mode is that of the first group.
+    of evaluation, and the loss takes all. The loss of eval mode is that of the first group.
     """
 
     processor_class = DeformableDetrImageProcessor
@@ -134,7 +134,7 @@ class LwDetrAdapter(DetectorAdapter):
         heads = self.model.model.enc_out_class_embed
         states = out.enc_outputs_class.to(self.model.dtype).split(config.num_queries, dim=1)
         proposals = torch.cat([head(state) for head, state in zip(heads, states, strict=False)], 1)
-        labelled = [i for i, label in enumerate(labels) if label.get("labelled", True)]
+        labelled = [i for i, label in enumerate(labels) if self.fast_loss or label.get("labelled", True)]
         # Every rank must ask for the loss, which counts boxes over ranks: without labels it is multiplied by 0.
         rows, corners = labelled or [0], out.enc_outputs_coord_logits
         if len(rows) < len(labels):
@@ -150,11 +150,13 @@ class LwDetrAdapter(DetectorAdapter):
             proposals,
             corners,
         )
-        # Transformers raises the mean number of boxes of a rank to 1, and not that of all: with fewer boxes than ranks
-        # W ranks would not train as one with all their images.
-        own = sum(len(labels[i]["class_labels"]) for i in rows) * config.group_detr
-        total, num_ranks = sum_over_ranks(logits.new_full((), own))
-        share = (total / num_ranks).clamp(min=1) / (total.clamp(min=1) / num_ranks)
+        share = 1
+        if not self.fast_loss:
+            # Transformers raises the mean number of boxes of a rank to 1, and not that of all: with fewer boxes than
+            # ranks W ranks would not train as one with all their images.
+            own = sum(len(labels[i]["class_labels"]) for i in rows) * config.group_detr
+            total, num_ranks = sum_over_ranks(logits.new_full((), own))
+            share = (total / num_ranks).clamp(min=1) / (total.clamp(min=1) / num_ranks)
         losses = {}
         for name, weight in (
             ("loss_ce", config.class_loss_coefficient),

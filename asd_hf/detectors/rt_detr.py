@@ -21,7 +21,7 @@ class RTDetrAdapter(DetectorAdapter):
     fp32 whatever autocast says: in bf16 an anchor is off by up to a pixel at 640 pixels.
 
     Class attributes:
-        loss_names: terms of Transformers' own loss.
+        loss_names: terms of the loss.
         decoder_loss_names: those of them that encoder proposals do not have.
     """
 
@@ -133,7 +133,7 @@ class RTDetrAdapter(DetectorAdapter):
         return [*core.decoder.class_embed, *core.decoder.bbox_embed, core.enc_score_head, core.enc_bbox_head]
 
     def _losses(self, out, labels: list[dict]) -> dict[str, Tensor]:
-        """Transformers' own, layers summed; always the same names, because ranks average them by their order."""
+        """Those of the model's loss, layers summed; always the same names: ranks average them by their order."""
         predictions = {
             "outputs_class": out.intermediate_logits,
             "outputs_coord": out.intermediate_reference_points,
@@ -151,10 +151,12 @@ class RTDetrAdapter(DetectorAdapter):
         losses = dict.fromkeys(self.loss_names, nothing)
         losses |= {f"{name}_enc": nothing for name in self.loss_names if name not in self.decoder_loss_names}
         losses |= {f"{name}_dn": nothing for name in self.loss_names}
-        rows = [i for i, label in enumerate(labels) if label.get("labelled", True)]
-        share = _share(nothing.new_full((), sum(len(labels[i]["class_labels"]) for i in rows)))
-        if not rows:
-            return losses
+        rows, share = list(range(len(labels))), 1
+        if not self.fast_loss:
+            rows = [i for i in rows if labels[i].get("labelled", True)]
+            share = _share(nothing.new_full((), sum(len(labels[i]["class_labels"]) for i in rows)))
+            if not rows:
+                return losses
         denoising = out.denoising_meta_values
         if len(rows) < len(labels):
             predictions = {name: tensor[rows] for name, tensor in predictions.items()}

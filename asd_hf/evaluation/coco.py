@@ -1,21 +1,22 @@
 """COCO's twelve numbers, exactly: collecting over ranks, the `evaluate` metric, and the table for the terminal.
 
-Backend: faster-coco-eval, whose numbers are those of pycocotools.
+Backend: hotcoco, whose numbers are those of pycocotools bit for bit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
 import datasets
 import evaluate
-import faster_coco_eval
+import hotcoco
 import numpy as np
 import torch.distributed as dist
-from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
 from asd_hf.errors import UserError  # absolute: `evaluate.load` runs a copy of this file outside the package
@@ -165,7 +166,7 @@ class CocoEvaluator:
             "top_k": top_k,
             "max_detections": 100,
             "score_threshold": 0.0,
-            "backend": f"faster-coco-eval {faster_coco_eval.__version__}",
+            "backend": f"hotcoco {hotcoco.__version__}",
         }
 
 
@@ -189,7 +190,7 @@ def merge(images: dict[int, ImageResult], results: Iterable[tuple[int, ImageResu
 
 
 def coco_datasets(images: dict[int, ImageResult], num_classes: int) -> tuple[dict, dict]:
-    """Ground truth and predictions as COCO writes them; a class index stands for its category."""
+    """Ground truth and predictions as COCO writes them, for pycocotools; a class index stands for its category."""
     ids = sorted(images)
     truth, predictions = [], []
     for image_id in ids:
@@ -209,15 +210,35 @@ def coco_datasets(images: dict[int, ImageResult], num_classes: int) -> tuple[dic
 def score(images: dict[int, ImageResult], num_classes: int) -> tuple[dict[str, float], list[float]]:
     """COCO's numbers of `images`, the same as pycocotools' `COCOeval(..., "bbox")`.
 
+    The rows go to the backend as they are, N x 100 of them in one array, and never become a dictionary a box.
+
     Returns:
         the twelve `STATS`, and the AP of each class index. -1 stands for "no such object in the ground truth".
     """
-    truth, predictions = map(COCO, coco_datasets(images, num_classes))
-    coco = COCOeval_faster(truth, predictions, "bbox")
-    coco.run()
-    precision = coco.eval["precision"][:, :, :, 0, -1]  # (IoU thresholds, recalls, classes): all areas, 100 detections
+    ordered = [images[image_id] for image_id in sorted(images)]  # an image's number is its place: ids may be any int64
+    owners, rows = _joined([image.ground_truth for image in ordered])
+    truth = hotcoco.COCO.from_arrays(
+        images=[{"id": number} for number in range(len(ordered))],
+        categories=[{"id": label, "name": str(label)} for label in range(num_classes)],
+        image_ids=owners,
+        category_ids=rows[:, 6].astype(np.int64),
+        boxes=rows[:, :4],
+        area=rows[:, 4],
+        iscrowd=rows[:, 5] != 0,
+    )
+    owners, rows = _joined([image.predictions for image in ordered])
+    judge = hotcoco.COCOeval(truth, truth.load_res(np.column_stack([owners, rows])), "bbox")
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its table
+        judge.run()
+    # (IoU thresholds, recalls, classes) for all areas and 100 detections
+    precision = judge.eval["precision"][:, :, :, 0, -1]
     per_class = [float(p[p > -1].mean()) if (p > -1).any() else -1.0 for p in np.moveaxis(precision, 2, 0)]
-    return dict(zip(STATS, map(float, coco.stats), strict=True)), per_class
+    return dict(zip(STATS, map(float, judge.stats), strict=True)), per_class
+
+
+def _joined(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of all images, and the number of each row's image."""
+    return np.repeat(np.arange(len(arrays)), [len(array) for array in arrays]), np.concatenate(arrays)
 
 
 class CocoMetric(evaluate.Metric):
