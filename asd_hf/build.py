@@ -14,13 +14,16 @@ from .data import (
     Source,
     open_source,
     open_training_source,
+    require_whole,
     resize_spec,
     teacher_view,
 )
 from .detectors.base import DetectorAdapter, DetectorSpec
 from .errors import UserError
+from .hub import is_at_hand
 from .methods import CombinedMethod, DistillationMethod, MethodConfig, get_method
-from .student import SELF_TAUGHT, build_student, load_teacher, prompt_teacher
+from .student import SELF_TAUGHT, StudentConfig, build_student, load_teacher, prompt_teacher
+from .teacher_cache import TeacherCache
 from .trainer import DistillationTrainer
 
 
@@ -53,14 +56,22 @@ class Parts:
         model, data = replace(self.run.model, teacher=teacher), self.run.data
         if teacher is None:
             model, data = replace(model, class_map=None), replace(data, unlabelled=None, teacher_size=None)
+        if teacher != self.run.model.teacher:
+            model = replace(model, teacher_cache=None)
         other = Parts(replace(self.run, methods=methods, model=model, data=data))
-        names = ["eval_source", "train_source", "student"] + ["teacher"] * (teacher == self.run.model.teacher)
+        names = ["eval_source", "train_source", "student"]
+        if teacher == self.run.model.teacher:
+            names += ["teacher", "cache"]
         other.__dict__.update({name: getattr(self, name) for name in names})
         return other
 
     @_part
     def eval_source(self) -> Source:
-        return open_source(self.run.data.source, self.run.data.eval_split, self.run.data)
+        data = self.run.data
+        source = open_source(data.source, data.eval_split, data)
+        if data.bad_rows == "skip":  # a run that lives with bad training data must not die at its first evaluation
+            require_whole(open_source(data.source, data.eval_split, data, keep_bad=True), data.num_eval_images)
+        return source
 
     @_part
     def train_source(self) -> Source:
@@ -89,7 +100,7 @@ class Parts:
 
     @_part
     def teacher(self) -> DetectorAdapter | None:
-        """The pretrained teacher, if there is one."""
+        """The pretrained teacher, if there is one; None also where its predictions on disk take its place."""
         data, model = self.run.data, self.run.model
         if self.self_taught:
             if model.class_map:
@@ -104,15 +115,63 @@ class Parts:
                 if value:
                     raise UserError(f"{key} has no use without a teacher: set model.teacher, or remove {key}")
             return None
+        return self._load_teacher() if model.teacher_cache is None else None
+
+    def _load_teacher(self) -> DetectorAdapter:
+        model = self.run.model
         teacher = load_teacher(model.teacher)
         prompt_teacher(teacher, self.class_names, model.class_map)
         return teacher
 
     @_part
-    def student(self) -> DetectorAdapter:
-        return build_student(
-            self.run.model.student, self.teacher, self.class_names, self.size, self.run.model.class_map
+    def cache(self) -> TeacherCache | None:
+        """The teacher's predictions on disk, if they take its place, once they are found to be those of this run."""
+        model = self.run.model
+        if model.teacher_cache is None:
+            return None
+        if model.teacher is None:
+            raise UserError("model.teacher_cache has no use without a teacher: set model.teacher, or remove it")
+        if self.self_taught:
+            raise UserError(
+                "model.teacher_cache: the student's moving average is another in each step, so no predictions of it "
+                "can be kept: remove model.teacher_cache"
+            )
+        cache = TeacherCache(model.teacher_cache)
+        found = cache.manifest.check(
+            self.run.data,
+            self.data_seed,
+            self.train_source,
+            self._lender,
+            model.teacher,
+            self.class_names,
+            model.class_map,
         )
+        if found:
+            raise UserError(
+                f"model.teacher_cache: {model.teacher_cache} was not made for this training: {'; '.join(found)}: "
+                "build it again (asd-hf cache), or train with the teacher (model.teacher_cache=null)"
+            )
+        return cache
+
+    @_part
+    def _lender(self) -> DetectorAdapter | None:
+        """A teacher whose predictions are on disk, to compare its weights and to build the student of it.
+
+        None if nothing is built of it and its weights are not on this machine. It leaves the memory with the student's
+        construction, before any training.
+        """
+        model, student = self.run.model, self.run.model.student
+        student = StudentConfig(checkpoint=student) if isinstance(student, str) else student
+        builds = student.copy_weights or (student.checkpoint is None and student.base == "teacher")
+        return self._load_teacher() if builds or is_at_hand(model.teacher) else None
+
+    @_part
+    def student(self) -> DetectorAdapter:
+        model = self.run.model
+        teacher = self.teacher if self.cache is None else self._lender
+        student = build_student(model.student, teacher, self.class_names, self.size, model.class_map)
+        self.__dict__.pop("_lender", None)
+        return student
 
     @property
     def size(self) -> dict[str, int]:
@@ -124,7 +183,8 @@ class Parts:
         """Of whatever teaches."""
         if self.self_taught:
             return self.student.spec
-        return None if self.teacher is None else self.teacher.spec
+        teacher = self.teacher if self.cache is None else self.cache
+        return None if teacher is None else teacher.spec
 
     @_part
     def classes(self) -> SharedClasses | None:
@@ -149,7 +209,16 @@ class Parts:
                 )
         specs = self.classes.specs(self.student.spec, self.teacher_spec)
         methods = {name: get_method(name)(config, *specs) for name, config in run.methods.items()}
-        return next(iter(methods.values())) if len(methods) == 1 else CombinedMethod(methods)
+        method = next(iter(methods.values())) if len(methods) == 1 else CombinedMethod(methods)
+        if self.cache is not None:
+            self.cache.check(method)
+        return method
+
+    @property
+    def data_seed(self) -> int:
+        """Of the order of the training data and of its augmentation."""
+        args = self.run.training
+        return args.seed if args.data_seed is None else args.data_seed
 
     def training_stream(self) -> DetectionStream:
         """This rank's share of the training data, both views of it where the teacher has its own."""
@@ -166,13 +235,18 @@ class Parts:
         return self._stream(self.eval_source, config, training=False)
 
     def _stream(self, source: Source, config: DataConfig, training: bool) -> DetectionStream:
-        args = self.run.training
-        seed = args.seed if args.data_seed is None else args.data_seed
+        args, seed = self.run.training, self.data_seed
         split = config.train_split if training else config.eval_split
         columns = align_classes(source.class_names, self.class_names, f"split {split!r}", "the training data")
         return DetectionStream(
             source,
-            RowTransform(config, training=training, seed=seed, label_map=columns.tolist()),
+            RowTransform(
+                config,
+                training=training,
+                seed=seed,
+                label_map=columns.tolist(),
+                predictions=self.cache if training else None,
+            ),
             batch_size=args.per_device_train_batch_size if training else args.per_device_eval_batch_size,
             rank=args.process_index,
             world_size=args.world_size,
@@ -188,7 +262,7 @@ class Parts:
         """The trainer of all parts."""
         return DistillationTrainer(
             self.student,
-            SELF_TAUGHT if self.self_taught else self.teacher,
+            SELF_TAUGHT if self.self_taught else self.cache or self.teacher,
             self.method,
             self.run.training,
             train_dataset=self.training_stream(),

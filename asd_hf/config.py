@@ -25,6 +25,7 @@ from .registry import nearest
 from .student import ModelConfig
 
 SECTIONS = ("model", "data", "method", "training")
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: bytes that are not UTF-8, a date like 2026-13-01
 NO_METHOD = "none"  # plain training, without a teacher
 
 
@@ -69,6 +70,12 @@ class TrainingConfig(TrainingArguments):
         True, "Compute the detection loss in one pass over all layers and images; false: by Transformers' own code"
     )
     ema_decay: float = _own(0.0, "Decay of a moving average of the student, evaluated and saved in ema/; 0: none")
+    log_phases: bool = _own(
+        False, "Log how long each phase of a step takes, which slows a step on a GPU, and the longest"
+    )
+    max_bad_steps: int = _own(
+        10, "Stop after so many steps whose loss or gradient is not finite; each is left out and logged"
+    )
     early_stopping_patience: int = _own(0, "Stop after so many evaluations without a better AP; 0: never")
 
     def __post_init__(self) -> None:
@@ -85,6 +92,8 @@ class TrainingConfig(TrainingArguments):
             )
         if self.early_stopping_patience and self.eval_strategy == IntervalStrategy.NO:
             raise UserError("training.early_stopping_patience needs evaluations: set training.eval_strategy")
+        if self.max_bad_steps < 1:
+            raise UserError(f"training.max_bad_steps must be 1 or more, not {self.max_bad_steps}")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"training.ema_decay must be in [0, 1), not {self.ema_decay}")
         for name in ("use_liger_kernel", "auto_find_batch_size", "label_smoothing_factor", "neftune_noise_alpha"):
@@ -153,7 +162,7 @@ def read_sections(path: str | Path, what: str = f"sections ({', '.join(SECTIONS)
         raise UserError(f"configuration file {path} does not exist")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except NOT_YAML as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict) or not all(isinstance(v, dict) for k, v in raw.items() if k != "method"):
         raise UserError(f"{path} must hold {what}")
@@ -245,7 +254,7 @@ def override(raw: dict, item: str) -> None:
         raise UserError(f"{item!r}: there are several methods: give method.<name>.{key}")
     try:
         target[key] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except NOT_YAML as error:
         raise UserError(f"{item!r}: the value is not YAML") from error
 
 

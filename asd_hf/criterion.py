@@ -75,6 +75,7 @@ class DetectionCriterion:
         cost_alpha, cost_gamma: of the matching cost of sigmoid heads.
         dense: boxes of every layer are judged by the matches of all layers together, as in DEIMv2.
         side_values: what the bins of `Stage.sides` stand for.
+        corner_l1: the L1 cost and loss compare corners, and not centre and size.
     """
 
     def __init__(
@@ -93,8 +94,9 @@ class DetectionCriterion:
         cost_gamma: float = 2,
         dense: bool = False,
         side_values: Tensor | None = None,
+        corner_l1: bool = False,
     ) -> None:
-        self.activation = activation
+        self.activation, self.corner_l1 = activation, corner_l1
         self.class_cost, self.bbox_cost, self.giou_cost = class_cost, bbox_cost, giou_cost
         self.class_loss_weight, self.bbox_loss_weight = class_loss_weight, bbox_loss_weight
         self.giou_loss_weight = giou_loss_weight
@@ -116,6 +118,7 @@ class DetectionCriterion:
             class_loss_weight,
             config.bbox_loss_coefficient,
             config.giou_loss_coefficient,
+            corner_l1=getattr(config, "corner_l1", False),  # AdaMixer's; no other family has it
             **own,
         )
 
@@ -173,7 +176,7 @@ class DetectionCriterion:
                 # Known pairs are those of denoising queries, which are no part of the union.
                 dense = union is not None and stage.pairs is None
                 paired = _in_every_layer(union, stage.boxes) if dense else (query, target)
-                losses, iou = box_losses(stage.boxes, boxes, *paired)
+                losses, iou = box_losses(stage.boxes, boxes, *paired, self.corner_l1)
                 if stage.sides is not None:
                     losses |= self._side_losses(stage, boxes, paired, iou, labelled)
                 own_iou = pair_iou(stage.boxes, boxes, query, target) if dense else iou
@@ -260,6 +263,8 @@ class DetectionCriterion:
             class_cost = -logits.softmax(-1).gather(-1, index).transpose(2, 3)
         pairs = [(boxes, targets), (cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets))]
         (ours, theirs), corners = [(_apart(a)[:, :, None], _apart(b)[None, :, :, None]) for a, b in pairs]
+        if self.corner_l1:
+            ours, theirs = corners
         bbox_cost = sum((a - b).abs_() for a, b in zip(ours.unbind(-1), theirs.unbind(-1), strict=True))
         giou_cost = -generalized_iou(*corners)
         cost = self.class_cost * class_cost + self.bbox_cost * bbox_cost + self.giou_cost * giou_cost

@@ -18,7 +18,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from .build import Parts
 from .classes import short_list
 from .data import resize_spec, teacher_view
-from .detectors.base import DetectorAdapter
+from .detectors.base import DetectorAdapter, DetectorSpec
 from .errors import UserError
 from .trainer import DistillationTrainer, make_criterion
 
@@ -70,7 +70,26 @@ def _teacher(parts: Parts) -> tuple[str, ...]:
         if not parts.run.training.ema_decay:
             return REFUSED, "the student's own moving average, which is not kept", "training.ema_decay, say to 0.9998"
         return OK, f"the student's own moving average, of decay {parts.run.training.ema_decay}"
+    if parts.cache is not None:
+        return _describe_cache(parts)
     return OK, "none: labels alone" if parts.teacher is None else _describe(parts.teacher)
+
+
+def _describe_cache(parts: Parts) -> tuple[str, ...]:
+    cache, spec = parts.cache, parts.cache.spec
+    text = (
+        f"{spec.family}, {spec.num_layers} decoder layers, {spec.num_queries} queries, {len(spec.class_names)} "
+        f"classes; its predictions from {cache.location}, {cache.manifest.kind}"
+    )
+    if cache.manifest.canonical:
+        return ADAPTED, text
+    views, steps = cache.manifest.views, planned_steps(parts)
+    batches = parts.training_stream().batches_per_epoch
+    if cache.manifest.seed is not None and None not in (steps, batches):
+        epochs = math.ceil(steps * parts.run.training.gradient_accumulation_steps / batches)
+        if epochs > views:
+            return CHECK, f"{text}: {epochs} epochs see each of them more than once", f"asd-hf cache --views {epochs}"
+    return OK, text
 
 
 def _student(parts: Parts) -> tuple[str, ...]:
@@ -158,19 +177,25 @@ def _size(size: dict[str, int]) -> str:
     return f"shorter side {size['shortest_edge']}, longer at most {size['longest_edge']}"
 
 
+def _pretrained(parts: Parts) -> DetectorSpec | None:
+    """Of a teacher that is not the student itself."""
+    return None if parts.self_taught else parts.teacher_spec
+
+
 def _normalisation(parts: Parts) -> tuple[str, ...] | None:
-    if parts.teacher is None:
+    student, teacher = parts.student.spec, _pretrained(parts)
+    if teacher is None:
         return None
-    student, teacher = parts.student.spec, parts.teacher.spec
     if (student.pixel_mean, student.pixel_std) == (teacher.pixel_mean, teacher.pixel_std):
         return OK, "the same pixel statistics"
     return ADAPTED, "each model gets pixels by its own statistics"
 
 
 def _classes(parts: Parts) -> tuple[str, ...] | None:
-    if parts.teacher is None:
+    student, teacher = parts.student.spec, _pretrained(parts)
+    if teacher is None:
         return None
-    classes, teacher, student = parts.classes, parts.teacher.spec, parts.student.spec
+    classes = parts.classes
     if classes.student_only:
         return (
             ADAPTED,
@@ -185,9 +210,9 @@ def _classes(parts: Parts) -> tuple[str, ...] | None:
 
 
 def _head(parts: Parts) -> tuple[str, ...] | None:
-    if parts.teacher is None:
+    if _pretrained(parts) is None:
         return None
-    ours, theirs = parts.student.spec.activation, parts.teacher.spec.activation
+    ours, theirs = parts.student.spec.activation, _pretrained(parts).activation
     if ours == theirs:
         return OK, f"both {ours}"
     return ADAPTED, f"the teacher's {theirs} probabilities are compared in the {ours} form of the student"
@@ -202,9 +227,9 @@ def _layers(parts: Parts) -> tuple[str, ...] | None:
 
 
 def _counts(parts: Parts, name: str, how: str) -> tuple[str, ...] | None:
-    if parts.teacher is None:
+    if _pretrained(parts) is None:
         return None
-    ours, theirs = getattr(parts.student.spec, name), getattr(parts.teacher.spec, name)
+    ours, theirs = getattr(parts.student.spec, name), getattr(_pretrained(parts), name)
     return (OK, f"both {ours}") if ours == theirs else (ADAPTED, f"teacher {theirs}, student {ours}: {how}")
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
+from . import models
 from .errors import UserError
 from .evaluation.coco import STATS, table_rows
 from .student import PACKAGED
@@ -28,10 +29,10 @@ CARD = """\
 
 {summary}
 
-It is an ordinary Transformers checkpoint; asd_hf is not needed to use it.
+It is an ordinary Transformers checkpoint; {needs}
 
 ```python
-from transformers import pipeline
+{imports}from transformers import pipeline
 
 detect = pipeline("object-detection", model="{model_id}")
 for found in detect("http://images.cocodataset.org/val2017/000000039769.jpg", threshold=0.3):
@@ -72,8 +73,8 @@ def write_model_card(
         student_info: "architecture", the Transformers class; "weights_from", the Hub ids or folders of the models that
             gave it its first weights, the teacher among them if it gave any. They become `base_model`, as a fine-tune:
             the Hub has no relation for distillation, and a teacher that gave no weights is not what was tuned.
-        teacher_info: "id", the teacher's Hub id, folder or name among `student.PACKAGED`. None for training without a
-            teacher.
+        teacher_info: "id", the teacher's Hub id, folder or name among `student.PACKAGED`; "cache", of what kind its
+            predictions were, if they came from disk. None for training without a teacher.
         method_papers: title, id and bibtex of each method, as `DistillationMethod.paper` has them; empty ones are
             left out.
         metrics: by model name, as for `format_table`; "student" is the model of this card.
@@ -112,16 +113,24 @@ def write_model_card(
     summary = f"`{student_info['architecture']}`, trained on {dataset['name']}"
     if teacher_info:
         summary += f" under {_teacher(teacher_info['id'])}"
+        if teacher_info.get("cache"):
+            summary += f", whose predictions came from disk ({teacher_info['cache']}),"
     papers = [paper for paper in method_papers if paper]
     if papers:
         titles = " and of ".join(f"*{paper['title']}* ({paper['id']})" for paper in papers)
         summary += f" with the method of {titles}"
+    needs, imports = "asd_hf is not needed to use it.", ""
+    if student_info["architecture"] in models.__all__:
+        needs = "its architecture comes with asd_hf, whose import makes it known to Transformers."
+        imports = "import asd_hf.models\n"
     bibtex = "\n\n".join(paper["bibtex"].strip() for paper in papers)
     card = ModelCard(
         CARD.format(
             metadata=metadata.to_yaml(),
             name=metadata.model_name,
             summary=summary + ".",
+            needs=needs,
+            imports=imports,
             model_id=model_id,
             results=_results(metrics, protocol),
             config=public_config(config_yaml).strip(),
@@ -150,12 +159,23 @@ def call_hub(call: Callable[[], T], advice: str, attempts: int = 4, wait: float 
     for attempt in range(1, attempts + 1):
         try:
             return call()
-        except HTTPError as error:
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 503
+        except UserError:
+            raise
+        except (HTTPError, OSError, RuntimeError, ValueError) as error:
+            status = _status(error)
             if attempt == attempts or (status < 500 and status != 429):
                 reason = " ".join(str(error).split())
                 raise UserError(f"the Hub: {reason}; {advice}") from error
             time.sleep(wait * 2 ** (attempt - 1))
+
+
+def _status(error: BaseException) -> int:
+    """As HTTP has it: that of the answer behind `error`, or 503 where there was none."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code
+    if error.__cause__ is not None:  # the upload of a large file wraps what went wrong
+        return _status(error.__cause__)
+    return 400 if isinstance(error, ValueError) else 503
 
 
 def is_hub_id(name: str) -> bool:
@@ -167,19 +187,27 @@ def is_hub_id(name: str) -> bool:
     return "/" in name and not Path(name).is_dir()
 
 
+def is_at_hand(name: str) -> bool:
+    """Whether the weights of a model are on this machine: packaged, in a folder, or fetched from the Hub before."""
+    files = ("model.safetensors", "model.safetensors.index.json")
+    fetched = is_hub_id(name) and any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
+    return fetched or name in PACKAGED or Path(name).is_dir()
+
+
 def public_config(config_yaml: str) -> str:
     """The configuration with the last part of each local path in its place: the author's folders are private.
 
     A path is a string that begins with `/`, `~` or `.`, or names what exists.
     """
-    return yaml.safe_dump(_public(yaml.safe_load(config_yaml)), sort_keys=False, width=110)
+    return yaml.safe_dump(without_folders(yaml.safe_load(config_yaml)), sort_keys=False, width=110)
 
 
-def _public(value: Any) -> Any:
+def without_folders(value: Any) -> Any:
+    """`value` with the last part of each local path in its place."""
     if isinstance(value, dict):
-        return {key: _public(item) for key, item in value.items()}
+        return {key: without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_public(item) for item in value]
+        return [without_folders(item) for item in value]
     if isinstance(value, str) and (value.startswith(("/", "~", ".")) or os.path.exists(value)):
         return Path(value).name or value  # `/` and `.` have no name, and tell nothing
     return value
@@ -190,7 +218,7 @@ def _teacher(name: str) -> str:
         return f"the packaged teacher `{name}`"
     if is_hub_id(name):
         return f"the teacher [{name}](https://huggingface.co/{name})"
-    return f"the teacher {_public(name)}"
+    return f"the teacher {without_folders(name)}"
 
 
 def _results(metrics: dict[str, dict[str, float]], protocol: dict | None) -> str:
@@ -199,5 +227,5 @@ def _results(metrics: dict[str, dict[str, float]], protocol: dict | None) -> str
     header, *rows = table_rows(metrics)
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    terms = yaml.safe_dump(protocol | {"source": _public(protocol["source"])}, sort_keys=False)
+    terms = yaml.safe_dump(protocol | {"source": without_folders(protocol["source"])}, sort_keys=False)
     return f"{table}\n\nAP in per cent, by COCO's rules, under this protocol:\n\n```yaml\n{terms}```\n"

@@ -27,16 +27,22 @@ def pair_iou(boxes: Tensor, targets: Tensor, query: Tensor, target: Tensor) -> T
     return iou_and_giou(cxcywh_to_xyxy(boxes.flatten(0, 2)[query]), cxcywh_to_xyxy(targets[target]))[0]
 
 
-def box_losses(boxes: Tensor, targets: Tensor, query: Tensor, target: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def box_losses(
+    boxes: Tensor, targets: Tensor, query: Tensor, target: Tensor, corner_l1: bool = False
+) -> tuple[dict[str, Tensor], Tensor]:
     """Sums (L,) of the L1 distance and of 1 - GIoU over the pairs, and the IoU (N,) of each pair, without gradient.
 
     Args:
         boxes: predicted ones (L, B, Q, 4), cxcywh.
         targets: (T, 4) of all images.
         query, target: (N,) indices of pairs.
+        corner_l1: the L1 distance is that of the corners, and not of centre and size.
     """
     predicted, wanted = boxes.flatten(0, 2)[query], targets[target]
-    iou, giou = iou_and_giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
+    corners = cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted)
+    iou, giou = iou_and_giou(*corners)
+    if corner_l1:
+        predicted, wanted = corners
     sums = {
         "loss_bbox": sum_by_layer((predicted - wanted).abs(), len(boxes)),
         "loss_giou": sum_by_layer(1 - giou, len(boxes)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
@@ -15,14 +15,18 @@ class Stopwatch:
 
     The device is waited for at both ends of every phase, so a measured step is slower than one that is not.
 
+    Args:
+        clock: gives the seconds; by default those of the wall.
+
     Attributes:
         seconds: by the phase, "outer/inner" for one within another.
     """
 
     active: Stopwatch | None = None
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, clock: Callable[[], float] | None = None) -> None:
         self.device, self.seconds, self._open = device, defaultdict(float), []
+        self._clock = clock or perf_counter
 
     def __enter__(self) -> Stopwatch:
         Stopwatch.active = self
@@ -34,7 +38,7 @@ class Stopwatch:
     def _lap(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        now = perf_counter()
+        now = self._clock()
         if self._open:
             self.seconds["/".join(self._open)] += now - self._last
         self._last = now

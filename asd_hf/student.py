@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from . import models  # noqa: F401 - Transformers' Auto classes know them from here on
 from .classes import find_classes, rename_classes, short_list
 from .detectors import ADAPTERS, adapter_class, get_adapter
 from .detectors.base import DetectorAdapter
@@ -84,6 +85,11 @@ class ModelConfig:
         None,
         "Hub id or folder of the teacher; 'shapes' for the packaged one; 'ema' for the moving average of the student "
         "itself (training.ema_decay); null: train without one",
+    )
+    teacher_cache: str | None = _option(
+        None,
+        "Folder or data set on the Hub with the teacher's predictions (asd-hf cache), read in its place; "
+        "model.teacher still names it",
     )
     student: StudentConfig | str = _option(StudentConfig, "Hub id or folder of the student, or how to build one")
     class_map: dict[str, str] = _option(

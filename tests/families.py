@@ -43,6 +43,7 @@ from transformers import (
     YolosImageProcessor,
 )
 
+from asd_hf.models import AdaMixerConfig, AdaMixerForObjectDetection, AdaMixerImageProcessor
 from tests import tiny
 
 EDGES = {"shortest_edge": 64, "longest_edge": 96}
@@ -172,6 +173,30 @@ def dab_detr(classes=tiny.CLASSES, num_queries=12, seed=0):
     return _build_lively(DabDetrForObjectDetection, DabDetrConfig, processor, classes, seed, **values)
 
 
+def adamixer(classes=tiny.CLASSES, num_queries=12, seed=0):
+    values = {
+        "backbone_config": _resnet(1, 2, 3, 4),
+        "num_queries": num_queries,
+        "d_model": 32,
+        "feature_channels": 32,
+        "decoder_layers": 3,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 32,
+        "in_points": 4,
+        "out_points": 8,
+    }
+    processor = AdaMixerImageProcessor(size=EDGES)
+    model, _ = _build_lively(AdaMixerForObjectDetection, AdaMixerConfig, processor, classes, seed, **values)
+    with torch.no_grad():
+        for layer in model.model.decoder.layers:
+            # The scale of a box is an exponent, and where nothing but zeros is read, beyond the image, the norms of
+            # mixing blow up what rounding leaves.
+            layer.box_head.out_proj.weight.mul_(0.05)
+            layer.box_head.out_proj.bias.mul_(0.05)
+            layer.sampling.offset_proj.weight.mul_(0.1)
+    return model, processor
+
+
 def yolos(classes=tiny.CLASSES, num_queries=12, seed=0):
     values = VIT | {"image_size": [64, 64], "num_hidden_layers": 3, "intermediate_size": 32}
     values |= {"num_detection_tokens": num_queries}
@@ -279,6 +304,7 @@ FAMILIES = {
         deformable_detr,
         deformable_detr_refine,
         deformable_detr_two_stage,
+        adamixer,
         yolos,
         rt_detr,
         rt_detr_v2,

@@ -210,16 +210,17 @@ def etag(content: bytes, kind: str = "git") -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+KIND = "(?:models|datasets)"
 NAME = r"([^/]+/[^/]+)"
 ROUTES = (
     ("POST", "/api/repos/create", _Handler.create),
     ("GET", "/api/whoami-v2", _Handler.whoami),
     ("POST", "/api/validate-yaml", _Handler.validate),
-    ("POST", rf"/api/models/{NAME}/preupload/[^/]+", _Handler.preupload),
-    ("POST", rf"/api/models/{NAME}/commit/[^/]+", _Handler.commit),
-    ("GET", rf"/api/models/{NAME}/tree/.+", _Handler.tree),
-    ("GET", rf"/api/models/{NAME}(?:/revision/[^/]+)?", _Handler.info),
-    ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", _Handler.batch),
+    ("POST", rf"/api/{KIND}/{NAME}/preupload/[^/]+", _Handler.preupload),
+    ("POST", rf"/api/{KIND}/{NAME}/commit/[^/]+", _Handler.commit),
+    ("GET", rf"/api/{KIND}/{NAME}/tree/.+", _Handler.tree),
+    ("GET", rf"/api/{KIND}/{NAME}(?:/revision/[^/]+)?", _Handler.info),
+    ("POST", rf"/(?:datasets/)?{NAME}\.git/info/lfs/objects/batch", _Handler.batch),
     ("PUT", r"/objects/([0-9a-f]{64})", _Handler.store),
-    ("GET", rf"/{NAME}/resolve/[^/]+/(.+)", _Handler.resolve),
+    ("GET", rf"/(?:datasets/)?{NAME}/resolve/[^/]+/(.+)", _Handler.resolve),
 )

@@ -9,14 +9,17 @@ import pytest
 import torch
 import yaml
 
-from asd_hf.benchmark import evaluation, loss, step
+from asd_hf.benchmark import data, evaluation, loss, step
 from asd_hf.build import Parts
 from asd_hf.commands import run
 from asd_hf.config import load_config
+from asd_hf.data import DataConfig, RowTransform
+from asd_hf.data.transforms import draw_geometry, seeded
 from asd_hf.evaluation import STATS
 from asd_hf.methods.asd import ASD
 from asd_hf.phases import Stopwatch, phase
 from asd_hf.trainer import DistillationTrainer
+from tests.tiny_data import tiny_rows, write_coco
 from tests.tiny_run import configuration, write_places
 
 
@@ -99,15 +102,15 @@ def test_own_work_leaves_out_the_teacher_and_the_models_stand_still(tmp_path, mo
     before = {name: tensor.clone() for name, tensor in parts.student.model.named_parameters()}
     take_one_step, calls = step._one_step, []
 
-    def spy(trainer, batch, taught=None):
-        assert take_one_step(trainer, batch, taught)
+    def spy(trainer, batch, watch, taught=None):
+        assert take_one_step(trainer, batch, watch, taught)
         calls.append(trainer)
         plain = float(1 + 2 * ((len(calls) - 1) // 3))  # a round has three calls
         asked = {"teacher": 3.0} if taught or trainer.method else {}
         return {"student": plain} | asked | ({"method": 1.0} if trainer.method else {})
 
     monkeypatch.setattr(step, "_one_step", spy)
-    monkeypatch.setattr(step, "_stock_step", lambda trainer, batch: lambda: {"student": 1.0})
+    monkeypatch.setattr(step, "_stock_step", lambda *_: lambda: {"student": 1.0})
     costs, refused = step.measure_steps(parts, {"asd": parts.run.methods}, rounds=2)
     row = {cost.name: cost for cost in costs}["asd"]
     assert not refused and len(calls) == 9
@@ -132,13 +135,46 @@ def test_variants_of_one_method_are_measured_and_other_sections_are_refused(tmp_
     arguments = ["step", "--config", str(file), "--variants", str(variants), "--rounds", "1"]
     assert run("benchmark", arguments) == 2
     assert "variant 'longer' has its own 'training'" in capsys.readouterr().err
-    assert run("benchmark", [*arguments, "--methods", "none,two,one"]) == 0
+    assert run("benchmark", [*arguments, "--methods", "none,two,one", "--cpu-time"]) == 0
     table = capsys.readouterr().out
     assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[-5:]] == [
         *("Transformers' own", "none", "none + teacher"),
         *("two", "one"),
     ]
     assert "of two's own work" in table
+
+
+@pytest.mark.parametrize("augmentation", ["none", "flip", "detr"])
+def test_the_usual_pipeline_makes_the_same_sample(tmp_path, augmentation):
+    write_coco(tmp_path / "coco", "train", tiny_rows(9))
+    sizes = {"train_sizes": [160], "max_size": 400, "augmentation": augmentation}
+    config = DataConfig(source=str(tmp_path / "coco"), **sizes)
+    ours, usual = RowTransform(config, training=True), data.UsualTransform(config)
+    cropped = 0
+    for row in data.read_images(config, 9):
+        mine, theirs = ours(row), usual(row)
+        mean, std = (torch.tensor(x)[:, None, None] for x in (usual.processor.image_mean, usual.processor.image_std))
+        pixels = (mine["pixel_values"] / 255 - mean) / std
+        assert pixels.shape == theirs["pixel_values"].shape
+        assert (pixels - theirs["pixel_values"]).abs().mean() < 0.1  # two resizes for one where there is a crop
+        assert torch.equal(mine["labels"]["class_labels"], theirs["labels"]["class_labels"])
+        torch.testing.assert_close(mine["labels"]["boxes"], theirs["labels"]["boxes"])
+        with seeded(0, 0, row["image_id"]):
+            cropped += draw_geometry(config, row["height"], row["width"]).window[2:] != (row["height"], row["width"])
+    assert (cropped > 0) == (augmentation == "detr")
+
+
+def test_data_is_measured(tmp_path, capsys):
+    write_coco(tmp_path / "coco", "train", tiny_rows(9))
+    file, numbers = tmp_path / "run.yaml", tmp_path / "a.json"
+    file.write_text(yaml.safe_dump({"data": {"source": str(tmp_path / "coco"), "train_sizes": [160]}}))
+    arguments = ["data", "--config", str(file), "--rounds", "2", "--json", str(numbers)]
+    assert run("benchmark", [*arguments, "--images", "10"]) == 2
+    assert "--images 10: " in capsys.readouterr().err
+    assert run("benchmark", [*arguments, "--images", "9"]) == 0
+    usual, decoding = json.loads(numbers.read_text())
+    assert usual["ratio"] < 1 < decoding["ratio"] and usual["ours_ms"] == decoding["ours_ms"]
+    assert "| usual pipeline |" in capsys.readouterr().out
 
 
 def test_evaluation_is_measured_and_its_numbers_are_compared(tmp_path, monkeypatch, capsys):

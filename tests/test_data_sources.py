@@ -98,7 +98,7 @@ def test_boxes_without_area_are_kept_and_counted(tmp_path, caplog):
     for _ in range(2):  # also when the index is there already
         caplog.clear()
         found = read(open_source(str(tmp_path), "val"))
-        assert "2 boxes have no area" in caplog.text
+        assert "2 x box without area: gives no label in training" in caplog.text
     same(found, expected(rows))
 
 
@@ -128,7 +128,7 @@ def _set(kind, key, value, index=0):
         (_set("images", "file_name", "../secret.jpg"), "'../secret.jpg' of image 100 leaves the image folder"),
         (_set("images", "file_name", "/etc/secret.jpg"), "'/etc/secret.jpg' of image 100 leaves the image folder"),
         (_set("images", "id", "7"), "image id '7' is not an integer"),
-        (_set("images", "id", 103), "1 image ids are used twice"),
+        (_set("images", "id", 103), "2 images have the id 103"),
         (_set("images", "width", "64"), "image 100 needs a whole number of pixels as width and height"),
         (_set("categories", "id", 7), "two categories have the id 7"),
         (_set("categories", "name", "dog"), "two categories have the name 'dog'"),
@@ -136,14 +136,14 @@ def _set(kind, key, value, index=0):
         (lambda c: c["images"].clear(), "has no images"),
     ],
 )
-def test_wrong_annotations_are_named(tmp_path, cache, change, message):
+def test_wrong_annotations_are_named(tmp_path, change, message):
     contents = write_coco(tmp_path, "val", ROWS)
     change(contents)
     (tmp_path / "annotations/instances_val.json").write_text(json.dumps(contents))
-    with pytest.raises(UserError, match=message) as error:
-        open_source(str(tmp_path), "val")
-    assert "instances_val.json" in str(error.value) and "\n" not in str(error.value)
-    assert not list((cache / "coco").glob("*/about.json"))  # nothing half-built is left
+    for _ in range(2):  # also when there is an index already
+        with pytest.raises(UserError, match=message) as error:
+            open_source(str(tmp_path), "val")
+        assert "instances_val.json" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_files_are_named(tmp_path):

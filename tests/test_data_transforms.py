@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import tv_tensors
+from torchvision.io import decode_jpeg
 from torchvision.transforms.v2 import functional as F
 from transformers import DeformableDetrImageProcessor
 from transformers.image_transforms import get_size_with_aspect_ratio
 
 from asd_hf.data import DataConfig, RowTransform, collate, resize_spec, teacher_view
-from asd_hf.data.transforms import draw_geometry, draw_window, seeded
+from asd_hf.data.transforms import decode, draw_geometry, draw_window, seeded
 from asd_hf.errors import UserError
 from tests.tiny_data import jpeg, tiny_rows
 
@@ -408,6 +410,29 @@ def test_every_kind_of_8_bit_image(mode):
     data = encode(image, "TIFF" if mode == "CMYK" else "PNG")
     sample = RowTransform(DataConfig(resize="fixed", fixed_size=[20, 30]), training=False)(row(data, []))
     assert torch.equal(sample["pixel_values"], F.pil_to_tensor(image.convert("RGB")))
+
+
+def test_a_jpeg_has_the_pixels_that_pil_gives_or_its_error():
+    rng = np.random.default_rng(0)
+    for kind in range(24):
+        width, height = rng.integers(1, 120, 2).tolist()
+        options = {"progressive": kind % 2 == 0, "quality": 5 + 4 * kind, "optimize": kind % 3 == 0}
+        options |= [{"subsampling": kind % 3}, {"keep_rgb": True}, {"restart_marker_blocks": 3}][kind // 8]
+        noise = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(noise).resize((width, height)).save(file, "JPEG", **options)
+        whole = file.getvalue()
+        assert decode_jpeg(torch.frombuffer(bytearray(whole), dtype=torch.uint8)).shape == (3, height, width)
+        damaged = bytearray(whole)
+        damaged[int(rng.integers(len(whole) // 2, len(whole)))] ^= 16
+        for data in (whole, whole[: int(rng.integers(len(whole) // 3, len(whole)))], bytes(damaged)):
+            try:
+                expected = F.pil_to_tensor(Image.open(io.BytesIO(data)).convert("RGB"))
+            except OSError as error:
+                with pytest.raises(UserError, match=re.escape(f"image 7 (some.jpg) cannot be decoded: {error}")):
+                    decode(row(data, []))
+            else:
+                assert torch.equal(decode(row(data, [])), expected)
 
 
 def test_exif_orientation_is_not_applied():

@@ -58,6 +58,13 @@ def test_a_card_cites_every_method(tmp_path):
     assert f"{PAPER['bibtex']}\n\n{other['bibtex']}\n```" in text
 
 
+def test_a_card_says_whether_the_model_needs_this_package(tmp_path):
+    assert "asd_hf is not needed" in card(tmp_path).text and "import asd_hf" not in card(tmp_path).text
+    own = {"architecture": "AdaMixerForObjectDetection", "weights_from": []}
+    text = card(tmp_path, student_info=own).text
+    assert "asd_hf is not needed" not in text and "```python\nimport asd_hf.models\nfrom transformers" in text
+
+
 def test_card_metadata(tmp_path):
     data = card(tmp_path).data
     assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "object-detection")
@@ -256,6 +263,15 @@ def test_a_refusal_is_one_line_and_not_repeated(hub, tmp_path):
     assert "401" in message and message.endswith("log in with `hf auth login`")
     assert "\n" not in message and "hf_wrong" not in message
     assert sum("repos/create" in request for request in hub.requests) == 1
+
+
+def test_a_large_file_that_is_refused_is_one_line(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    hub.failures += [("/objects/", 403)]
+    with pytest.raises(UserError, match="Error while uploading 'model.safetensors'.*the student is in"):
+        call_hub(lambda: upload(hub, tmp_path), "the student is in here", wait=0.01)
+    assert not hub.failures
 
 
 def test_a_dead_hub_is_one_line(tmp_path):

@@ -8,11 +8,12 @@ import asd_hf
 ROOT = Path(asd_hf.__file__).parent
 LAYERS = [
     {"errors", "registry", "ops", "distances", "phases"},
+    {"files", "checkpoints", "stopping", "vote", "randomness"},
     {"detectors"},
     {"criterion", "fast_criterion", "features", "losses", "matching", "questions", "sampling", "targets"},
-    {"methods"},
-    {"classes", "distiller", "ema", "student", "data", "evaluation", "hub"},
-    {"config", "trainer", "build", "doctor", "benchmark", "compare"},
+    {"models", "methods"},
+    {"classes", "distiller", "ema", "pace", "student", "data", "evaluation", "hub", "bad_steps", "teacher_cache"},
+    {"config", "trainer", "build", "doctor", "benchmark", "compare", "selftest", "replay"},
     {"commands"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -19,6 +19,8 @@ STAND_INS = {
     "Roboflow/rf-detr-large": "rf_detr",
     "SenseTime/deformable-detr": "deformable_detr",
     "facebook/detr-resnet-101": "detr",
+    "outputs/adamixer/none_r101": "adamixer",
+    "outputs/adamixer/r101_300_queries_3x": "adamixer",
     "outputs/bench/bccd_teacher": "deformable_detr",
     "outputs/bench/shapes_hard_teacher": "deformable_detr",
     "outputs/deformable_detr/none_r101": "deformable_detr",

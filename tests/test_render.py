@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from asd_hf.compare.pictures import draw_cost, draw_curves, draw_inside, make_scene
+from asd_hf.compare.pictures import draw_cost, draw_curves, draw_gains, draw_inside, make_scene
 from asd_hf.compare.records import load_runs, ranked
 from asd_hf.compare.render import render
 from asd_hf.compare.table import HEADER, table, time_to, to_markdown
@@ -30,6 +30,7 @@ def record(method="asd", seed=0, ap=0.3, *, ms=100.0, steps=400, points=None, lo
         "method": method,
         "seed": seed,
         "metrics": dict.fromkeys(STATS, ap) | {"AP50": 1.5 * ap, "APl": -1.0},
+        "per_class": {"cat": 2 * ap, "owl": ap, "emu": -1.0},
         "bootstrap": {"seed": 0, "AP": (ap + shared + own).tolist()},
         "num_images": 1400,
         "data_fingerprint": "f",
@@ -315,6 +316,30 @@ def test_statistics_of_methods_are_drawn_and_losses_are_not():
     assert len([axes for axes in figure.axes if axes.get_visible()]) == 7 and "3 more" in figure.get_suptitle()
 
 
+def test_gains_are_drawn_by_size_and_class():
+    runs = study({"none": 0.3, "asd": 0.35, "fgd": 0.25})
+    runs[3]["metrics"]["APs"] += 0.06  # of `asd` with seed 0
+    figure = draw_gains(make_scene("easy", runs, "none"))
+    panels = {axes.get_xlabel(): axes for axes in figure.axes}
+    ticks = {title: [text.get_text() for text in axes.get_xticklabels()] for title, axes in panels.items()}
+    assert ticks == {
+        "objects by size": ["small", "medium"],
+        "objects by class": ["cat", "owl"],
+    }  # large, emu: not seen
+    _, asd, fgd = panels["objects by size"].lines
+    assert asd.get_ydata() == pytest.approx([7, 5]) and fgd.get_ydata() == pytest.approx([-5, -5])
+    assert panels["objects by class"].lines[1].get_ydata() == pytest.approx([10, 5])
+    bar = panels["objects by size"].collections[0].get_segments()[0]
+    assert bar[:, 1] == pytest.approx([5, 11])
+    assert draw_gains(make_scene("easy", [run for run in runs if run["method"] != "none"], "none")) is None
+    runs = study({"none": 0.3, "asd": 0.35})
+    for run in runs:
+        run["per_class"] = {f"class {n}": run["metrics"]["AP"] * (1 + (n != 3)) for n in range(13)}
+    figure = draw_gains(make_scene("easy", runs, "none"))
+    names = [text.get_text() for text in figure.axes[1].get_xticklabels()]
+    assert len(names) == 12 and "class 3" not in names and "1 more class left out" in figure.get_suptitle()
+
+
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_a_comparison_is_written_with_its_pictures(tmp_path, seeds):
     runs = study({"none": 0.3}, seeds) + study({"asd": 0.35, "a|b $x": 0.32}, seeds, logged=["asd/w_ii"])
@@ -324,7 +349,9 @@ def test_a_comparison_is_written_with_its_pictures(tmp_path, seeds):
     write(tmp_path / "records", [run for run in runs if "|" not in run["method"]])
     write(tmp_path / "records", hard)
     shown = render(tmp_path / "records", tmp_path / "out")
-    pictures = [f"{setting}_{what}.png" for setting in ("easy", "very hard") for what in ("cost", "curves", "inside")]
+    pictures = [
+        f"{setting}_{what}.png" for setting in ("easy", "very hard") for what in ("cost", "curves", "gains", "inside")
+    ]
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted(["easy.md", "very hard.md", *pictures])
     for name in pictures:
         with Image.open(tmp_path / "out" / name) as picture:
@@ -342,7 +369,10 @@ def test_by_default_it_is_written_beside_the_records(tmp_path):
     write(tmp_path, study({"none": 0.3, "asd": 0.35}))
     render(tmp_path, baseline="asd")
     assert "lie beside this file" in (tmp_path / "easy.md").read_text()
-    assert sorted(file.name for file in tmp_path.glob("*.*")) == ["easy.md", "easy_cost.png", "easy_curves.png"]
+    assert sorted(file.name for file in tmp_path.glob("*.*")) == [
+        "easy.md",
+        *(f"easy_{what}.png" for what in ("cost", "curves", "gains")),
+    ]
 
 
 def test_runs_that_cannot_be_paired_say_why_and_hide_nothing_else(tmp_path):

@@ -191,7 +191,7 @@ def readers(adapter):
     """Of each decoder layer: the module that attends among queries, and the one that reads the image."""
     modules = {}
     for i, layer in enumerate(adapter.model.model.decoder.layers):
-        cross = layer.encoder_attn if hasattr(layer, "encoder_attn") else layer.cross_attn
+        cross = next(getattr(layer, n) for n in ("encoder_attn", "cross_attn", "sampling") if hasattr(layer, n))
         for part, module in (("queries", layer.self_attn), ("image", cross)):
             modules[i, part] = getattr(module, "self_attn", getattr(module, "cross_attn", module))  # DAB-DETR wraps
     return modules
@@ -199,6 +199,11 @@ def readers(adapter):
 
 def read_values(module, args, kwargs):
     """What each query reads (B, Q, D), and the values (B, S, D) that it reads from, of a call of Transformers' own."""
+    if hasattr(module, "offset_proj"):  # AdaMixer's sampling, which has no values but the cells (B, G, S, c)
+        contents, positions, cells, levels = args
+        values = cells.detach().transpose(1, 2).flatten(2).requires_grad_()
+        cells = values.unflatten(2, (cells.shape[1], -1)).transpose(1, 2)
+        return module(contents, positions, cells, levels)[0].flatten(2), values
     value = next((getattr(module, n) for n in ("v_proj", "value_proj", "value") if hasattr(module, n)), None)
     output = next((getattr(module, n) for n in ("o_proj", "out_proj", "output_proj") if hasattr(module, n)), None)
     probes, hooks = [], []
@@ -326,8 +331,10 @@ def test_attention_carries_gradient(name):
     for level in output.attention.look(weights):
         found = reached(level)
         assert "weights" in found and any("backbone" in key or "conv_encoder" in key for key in found)
-        crosses = [key for key in found if f"decoder.layers.{layer}." in key and "attn" in key]
-        if output.features[1:]:
+        crosses = [key for key in found if f"decoder.layers.{layer}." in key and ("attn" in key or "sampling" in key)]
+        if name == "adamixer":
+            assert any("offset_proj" in key for key in crosses)
+        elif output.features[1:]:
             assert {"sampling_offsets", "attention_weights"} <= {key.split(".")[-2] for key in crosses}
         else:
             assert any("encoder_attn" in key or "cross_attn" in key for key in crosses)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,30 @@ def test_gradient_norms_are_those_at_the_predictions():
     assert out.gradient_cosine.item() == pytest.approx(cosine.item(), abs=1e-5) and abs(cosine) > 1e-3
     assert {name: out.gradient_norms[name].item() for name in expected} == pytest.approx(expected, rel=1e-4)
     assert out.gradient_norms["asd_sampling"] == 0 < out.gradient_norms["asd_box"]
+
+
+def test_the_log_says_where_the_time_of_a_step_goes(shapes, tmp_path, caplog):
+    trainer = make_trainer(shapes, tmp_path / "a")
+    trainer.train()
+    row = next(r for r in trainer.state.log_history if "loss" in r)
+    assert {name for name in row if name.endswith("_runtime")} == {"step_runtime", "data_runtime"}
+    assert 0 < row["data_runtime"] < row["step_runtime"] < 60
+    trainer = make_trainer(shapes, tmp_path / "b", log_phases=True, max_steps=2, logging_steps=1, save_strategy="no")
+    forward = trainer.teacher.forward
+    trainer.teacher.forward = lambda *inputs: (time.sleep(3), forward(*inputs))[1]
+    with caplog.at_level("INFO", logger="asd_hf"):
+        trainer.train()
+    rows = [r for r in trainer.state.log_history if "loss" in r]
+    for row in rows:
+        phases = {name: value for name, value in row.items() if name.endswith("_runtime")}
+        step = phases.pop("step_runtime")
+        assert {"data", "teacher", "student", "detection_loss", "detection_loss_matching", "method"} < {
+            name.removesuffix("_runtime") for name in phases
+        }
+        assert {"backward_runtime", "optimizer_runtime", "rest_runtime"} < phases.keys()
+        assert all(value > 0 for value in phases.values()) and sum(phases.values()) == pytest.approx(step)
+        assert phases["teacher_runtime"] > 3
+    assert caplog.text.count("teacher most of all: teacher 3") == len(rows)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
+from time import process_time
 
 import torch
 from torch import nn
@@ -60,7 +62,7 @@ class StepCost(Row):
 
 
 def measure_steps(
-    parts: Parts, methods: Mapping[str, Mapping[str, MethodConfig]], rounds: int
+    parts: Parts, methods: Mapping[str, Mapping[str, MethodConfig]], rounds: int, cpu_time: bool = False
 ) -> tuple[list[StepCost], dict[str, str]]:
     """Measures whole steps on one batch in turn, `rounds` times: Transformers' own, plain training, and each method.
 
@@ -68,13 +70,17 @@ def measure_steps(
 
     Args:
         methods: by the name of the row, what `RunConfig.methods` is.
+        cpu_time: counts the time that the CPU spends on this process and not what passes meanwhile.
 
     Returns:
         the costs, and of the methods that this pair cannot be trained by the reason, by name.
 
     Raises:
-        UserError: plain training is refused.
+        UserError: plain training is refused, or `cpu_time` is asked of a GPU.
     """
+    device = parts.run.training.device
+    if cpu_time and device.type != "cpu":
+        raise UserError(f"--cpu-time says nothing of work on {device}: leave it out")
     plain = parts.under({}, None).trainer()
     trainers: dict[str, DistillationTrainer] = {}
     refused: dict[str, str] = {}
@@ -86,14 +92,15 @@ def measure_steps(
     taught = next((t for t in trainers.values() if t.teacher is parts.teacher), None)
     seen = taught or plain
     batch = seen._prepare_inputs(next(iter(seen.get_train_dataloader())))
+    watch = partial(Stopwatch, device, process_time if cpu_time else None)
     steps: dict[str, Callable[[], Seconds]] = {
-        STOCK: _stock_step(plain, batch),
-        NO_METHOD: lambda: _one_step(plain, batch),
+        STOCK: _stock_step(plain, batch, watch),
+        NO_METHOD: partial(_one_step, plain, batch, watch),
     }
     if taught is not None:
-        steps[TEACHER_TOO] = lambda: _one_step(plain, batch, taught)
+        steps[TEACHER_TOO] = partial(_one_step, plain, batch, watch, taught)
     for name, trainer in trainers.items():
-        steps[name] = lambda trainer=trainer: _one_step(trainer, batch)
+        steps[name] = partial(_one_step, trainer, batch, watch)
     for trainer in (plain, *trainers.values()):
         _stand_still(trainer.create_optimizer())
     seconds = take_turns(steps, rounds)
@@ -117,7 +124,7 @@ def measure_steps(
                 name,
                 whole[name],
                 whole[NO_METHOD],
-                str(plain.args.device),
+                str(device),
                 milliseconds=columns,
                 of_teacher_too=of_teacher_too,
                 own_ms=1e3 * median(own),
@@ -145,27 +152,32 @@ def _stand_still(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = 0.0
 
 
-def _one_step(trainer: DistillationTrainer, batch: dict, taught: DistillationTrainer | None = None) -> Seconds:
+def _one_step(
+    trainer: DistillationTrainer,
+    batch: dict,
+    watch: Callable[[], Stopwatch],
+    taught: DistillationTrainer | None = None,
+) -> Seconds:
     """Of each phase; the teacher of `taught` is asked too."""
     model = trainer.model.train()
     trainer.state.global_step, trainer.state.logging_steps = SETTLED, 2 * SETTLED  # gradients are not measured
     trainer.watch_attention()
-    with Stopwatch(trainer.args.device) as watch:
+    with watch() as measured:
         if taught is not None:
             taught.ask_teacher(batch)
         with trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, batch)
         with phase("backward"):
             loss.backward()
+        trainer._clip_grad_norm(model)
         with phase("optimizer"):
-            trainer._clip_grad_norm(model)
             trainer.optimizer.step()
             model.zero_grad()
     trainer.watch_attention(False)
-    return dict(watch.seconds)
+    return dict(measured.seconds)
 
 
-def _stock_step(trainer: DistillationTrainer, batch: dict) -> Callable[[], Seconds]:
+def _stock_step(trainer: DistillationTrainer, batch: dict, watch: Callable[[], Stopwatch]) -> Callable[[], Seconds]:
     """The step of Transformers' example of object detection on the student of `trainer` and the same batch.
 
     The pixels are normalised beforehand, as its image processor does while loading.
@@ -182,7 +194,7 @@ def _stock_step(trainer: DistillationTrainer, batch: dict) -> Callable[[], Secon
 
     def step() -> Seconds:
         model.train()
-        with Stopwatch(args.device) as watch:
+        with watch() as measured:
             with phase("student"), trainer.compute_loss_context_manager(), _timed_loss(model):
                 loss = model(**inputs).loss
             with phase("backward"):
@@ -191,7 +203,7 @@ def _stock_step(trainer: DistillationTrainer, batch: dict) -> Callable[[], Secon
                 nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 optimizer.step()
                 model.zero_grad()
-        return dict(watch.seconds)
+        return dict(measured.seconds)
 
     return step
 

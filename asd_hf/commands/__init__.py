@@ -7,26 +7,39 @@ from importlib import import_module
 
 from ..errors import UserError
 from ..registry import nearest
+from ..stopping import Stopped, handled
 
 COMMANDS = {
     "train": "train a student, with or without a teacher",
     "evaluate": "COCO numbers of a model on a data set",
     "doctor": "say before training what fits, what is adapted and what is refused",
+    "cache": "write the teacher's predictions to disk, to train without the teacher",
     "compare": "train several methods with several seeds and say which is better",
     "benchmark": "measure what a training step costs under each method",
+    "check-data": "read a data set whole and list what is wrong with it",
+    "replay": "repeat a step that was left out and say where it was not finite",
+    "selftest": "kill a training at random moments and show that nothing is lost",
     "shard": "turn a data set into balanced Parquet shards in the Hub's layout",
     "make-shapes": "write the generated data set as a COCO folder",
+    "convert-adamixer": "turn a checkpoint of the original AdaMixer into one of Transformers' form",
 }
 
 
 def run(command: str, argv: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code; a user's mistake is one line on stderr and exit code 2."""
+    """Runs a command and returns its exit code.
+
+    A user's mistake is one line on stderr and exit code 2; SIGTERM and SIGINT are one line, and 143 and 130.
+    """
     try:
-        import_module(f".{command.replace('-', '_')}", __name__).main(sys.argv[1:] if argv is None else argv)
+        with handled():
+            main = import_module(f".{command.replace('-', '_')}", __name__).main
+            return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    except Stopped as stopped:
+        print(f"{stopped}; {stopped.advice}", file=sys.stderr)
+        return 128 + stopped.number
 
 
 def cli() -> int:
@@ -34,7 +47,7 @@ def cli() -> int:
     command, *argv = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
         print("usage: asd-hf COMMAND ...; asd-hf COMMAND --help tells more\n")
-        print("\n".join(f"  {name:<12} {text}" for name, text in COMMANDS.items()))
+        print("\n".join(f"  {name:<16} {text}" for name, text in COMMANDS.items()))
         return 0
     if command not in COMMANDS:
         print(f"error: unknown command {command!r}: {nearest(command, COMMANDS)}", file=sys.stderr)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
+from ..benchmark.data import OURS, measure_data
 from ..benchmark.evaluation import measure_evaluation
 from ..benchmark.loss import SWEEPS, LossSize, measure_losses
 from ..benchmark.sidebyside import format_table, write_rows
@@ -46,6 +47,9 @@ def step(argv: list[str]) -> None:
         help="of the variants, or methods with their defaults (default: all variants, or all methods); the own work "
         "of the first is the measure of the others'",
     )
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count the CPU's time for this process, on a machine that is busy"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
     args = _parse(parser, argv)
     run = load_config(args.config, args.overrides)
@@ -55,12 +59,30 @@ def step(argv: list[str]) -> None:
     set_seed(run.training.seed)
     with tempfile.TemporaryDirectory() as folder:
         run.training.leave_no_trace(folder)
-        costs, refused = measure_steps(Parts(run), methods, args.rounds)
+        costs, refused = measure_steps(Parts(run), methods, args.rounds, args.cpu_time)
     print(format_costs(costs, refused))
     if args.json is not None:
         write_rows(
             args.json, [*map(asdict, costs), *({"name": name, "refused": why} for name, why in refused.items())]
         )
+
+
+def data(argv: list[str]) -> None:
+    """images a second and core, against the usual pipeline and bare decoding"""
+    parser = _parser("data", data.__doc__, rounds=5)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see configs/; only `data` is read")
+    parser.add_argument("--images", type=int, default=64, metavar="N", help="the first of the data (default: 64)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
+    args = _parse(parser, argv, "images")
+    rows = measure_data(load_config(args.config, args.overrides).data, args.images, args.rounds)
+    ours = next(iter(rows.values()))
+    cells = [[OURS, f"{ours.ours_ms:.2f}", f"{ours.ours_spread_ms:.2f}", f"{1e3 / ours.ours_ms:.0f}", "1.00 x"]]
+    for name, row in rows.items():
+        numbers = f"{row.reference_ms:.2f}", f"{row.reference_spread_ms:.2f}", f"{1e3 / row.reference_ms:.0f}"
+        cells.append([name, *numbers, f"{1 / row.ratio:.2f} x"])
+    print(format_table(["", "ms an image", "spread", "images/s and core", "ours, times as fast"], cells))
+    if args.json is not None:
+        write_rows(args.json, [asdict(row) for row in rows.values()])
 
 
 def evaluation(argv: list[str]) -> None:
@@ -103,7 +125,7 @@ def loss(argv: list[str]) -> None:
         write_rows(args.json, [asdict(row) for row in rows])
 
 
-BENCHMARKS = {"step": step, "eval": evaluation, "loss": loss}
+BENCHMARKS = {"step": step, "loss": loss, "data": data, "eval": evaluation}
 
 
 def _parser(what: str, description: str, rounds: int = 10) -> argparse.ArgumentParser:

@@ -15,6 +15,7 @@ from ..config import NO_METHOD, build_config
 from ..doctor import REFUSED, check
 from ..errors import UserError
 from ..registry import nearest
+from ..stopping import advise
 
 
 def main(argv: list[str]) -> None:
@@ -77,7 +78,8 @@ def main(argv: list[str]) -> None:
     if missing:
         _check(missing)
         print(f"the trained students will lie in {work}")
-        failures = Schedule(missing, output, work, jobs).run()
+        with advise(lambda: "started again, the command goes on where each run was"):
+            failures = Schedule(missing, output, work, jobs).run()
     if holds_records(output):
         print(render(output, baseline=baseline))
     if failures:

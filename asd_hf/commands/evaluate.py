@@ -9,6 +9,7 @@ from accelerate import PartialState
 
 from ..config import parse_overrides
 from ..data import DataConfig, DetectionStream, RowTransform, build_loader, open_source, resize_spec
+from ..errors import UserError
 from ..evaluation import TOP_K, evaluate_detector, format_table, milliseconds_per_image
 from ..student import load_teacher, prompt_teacher
 
@@ -51,7 +52,10 @@ def _pair(text: str) -> tuple[str, str]:
 def evaluate(args: argparse.Namespace) -> dict:
     """Evaluates as `args` says and returns what it writes to `args.output`."""
     state = PartialState()
-    source = open_source(args.data, args.split, parse_overrides(DataConfig, {}, "data", args.overrides))
+    config = parse_overrides(DataConfig, {}, "data", args.overrides)
+    if config.bad_rows != "raise":
+        raise UserError("data.bad_rows has no use here: evaluation leaves no image out")
+    source = open_source(args.data, args.split, config)
     adapter = load_teacher(args.model, "--model")
     class_map = dict(args.class_map)
     prompt_teacher(adapter, source.class_names, class_map)

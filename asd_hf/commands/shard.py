@@ -6,6 +6,7 @@ from pathlib import Path
 from ..config import parse_overrides
 from ..data import DataConfig, open_source, shard_dataset
 from ..errors import UserError
+from ..stopping import advise
 
 
 def main(argv: list[str]) -> None:
@@ -25,6 +26,8 @@ def main(argv: list[str]) -> None:
         if not item.startswith("data.box_format="):
             raise UserError(f"{item!r}: only data.box_format=xywh or data.box_format=xyxy applies to shards")
     config = parse_overrides(DataConfig, {}, "data", args.overrides)
-    manifest = shard_dataset(open_source(args.data, args.split, config), args.split, args.output, args.num_shards)
+    source = open_source(args.data, args.split, config)
+    with advise(lambda: "started again, the command goes on with the shard that it was at"):
+        manifest = shard_dataset(source, args.split, args.output, args.num_shards)
     rows = sum(shard["rows"] for shard in manifest["shards"])
     print(f"{rows} images in {len(manifest['shards'])} shards: train on them with data.source={args.output}")

@@ -8,17 +8,19 @@ from pathlib import Path
 import yaml
 from huggingface_hub import create_repo
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
 from ..build import Parts
+from ..checkpoints import all_checkpoints, newest_checkpoint, read_manifest, writing
 from ..config import NO_METHOD, RunConfig, build_methods, describe_config, load_config
 from ..data import resize_spec, teacher_view
 from ..doctor import check, report
 from ..errors import UserError
 from ..evaluation import TOP_K, format_table, milliseconds_per_image
+from ..files import write_whole
 from ..hub import call_hub, is_hub_id
 from ..methods import get_method
+from ..stopping import advise
 from ..student import StudentConfig
 from ..trainer import RUN_CONFIG, DistillationTrainer
 
@@ -36,7 +38,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
     args = parser.parse_intermixed_args(argv)
-    train(load_config(args.config, args.overrides))
+    run = load_config(args.config, args.overrides)
+    with advise(lambda: _how_to_go_on(run)):
+        train(run)
 
 
 def train(run: RunConfig) -> dict:
@@ -47,6 +51,8 @@ def train(run: RunConfig) -> dict:
         the time of an image and the evaluation's "protocol".
     """
     args = run.training
+    with writing(Path(args.output_dir)):
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     checkpoint = _checkpoint(run)
     report_progress(args.process_index)
     set_seed(args.seed)
@@ -65,9 +71,10 @@ def train(run: RunConfig) -> dict:
     if trainer.is_world_process_zero():
         names = [name for name in ("teacher", "student", "ema") if name in metrics]
         print("\n" + format_table({name: metrics[name] for name in names}) + "\n")
-        (Path(args.output_dir) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        trainer.card = _card(parts, trainer, metrics)
-        trainer.create_model_card()
+        with writing(Path(args.output_dir)):
+            write_whole(Path(args.output_dir) / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+            trainer.card = _card(parts, trainer, metrics)
+            trainer.create_model_card()
         print(f"student, metrics.json, model card and configuration are in {args.output_dir}")
     if args.push_to_hub:
         call_hub(trainer.push_to_hub, f"the student is complete in {args.output_dir}")
@@ -83,30 +90,36 @@ def report_progress(rank: int) -> None:
     disable_progress_bar()  # Transformers' own, of every checkpoint written; Trainer's and ours stay
 
 
-def _checkpoint(run: RunConfig) -> str | None:
+def _checkpoint(run: RunConfig) -> Path | None:
     """The checkpoint to go on from, if any; refuses to mix a new run with the checkpoints of an old one."""
     wanted, folder = run.training.resume_from_checkpoint, Path(run.training.output_dir)
-    newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if wanted is None or wanted is False:
-        if newest is not None:
+        if all_checkpoints(folder):
             raise UserError(
                 f"{folder} holds checkpoints of an earlier run: set training.resume_from_checkpoint=true to go on, "
                 "or another training.output_dir"
             )
         return None
-    if wanted is True:
-        _same_methods(run, newest)
-        return newest
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise UserError(f"training.resume_from_checkpoint: {wanted} is not a checkpoint folder")
-    _same_methods(run, wanted)
-    return wanted
+    checkpoint = newest_checkpoint(folder) if wanted is True else Path(wanted)
+    if checkpoint is not None:
+        read_manifest(checkpoint)
+        _same_methods(run, checkpoint)
+    return checkpoint
 
 
-def _same_methods(run: RunConfig, checkpoint: str | None) -> None:
+def _how_to_go_on(run: RunConfig) -> str:
+    """After the run was stopped."""
+    checkpoints = all_checkpoints(Path(run.training.output_dir))
+    if not checkpoints:
+        return "there was no checkpoint yet: the command begins anew"
+    option = "" if run.training.resume_from_checkpoint is True else " with training.resume_from_checkpoint=true"
+    return f"started again{option}, the command goes on from {checkpoints[-1]}"
+
+
+def _same_methods(run: RunConfig, checkpoint: Path) -> None:
     """Refuses a checkpoint of other methods or options: what the run says of itself would not be true of its steps."""
-    file = Path(checkpoint or "") / RUN_CONFIG
-    if checkpoint is None or not file.is_file():
+    file = checkpoint / RUN_CONFIG
+    if not file.is_file():
         return
     trained = build_methods(yaml.safe_load(file.read_text(encoding="utf-8")).get("method", {}), str(file))
     if trained == run.methods:
@@ -144,6 +157,12 @@ def _final_metrics(trainer: DistillationTrainer, parts: Parts) -> dict:
     return metrics
 
 
+def _teacher_info(parts: Parts) -> dict | None:
+    if parts.self_taught or parts.teacher_spec is None:
+        return None
+    return {"id": parts.run.model.teacher, "cache": None if parts.cache is None else parts.cache.manifest.kind}
+
+
 def _card(parts: Parts, trainer: DistillationTrainer, metrics: dict) -> dict:
     """What `write_model_card` wants to know."""
     run = parts.run
@@ -156,7 +175,7 @@ def _card(parts: Parts, trainer: DistillationTrainer, metrics: dict) -> dict:
             "architecture": type(parts.student.model).__name__,
             "weights_from": [w for w in weights_from if w is not None],
         },
-        "teacher_info": None if parts.teacher is None else {"id": run.model.teacher},
+        "teacher_info": _teacher_info(parts),
         "method_papers": [get_method(name).paper for name in run.methods],
         "metrics": {k: v for k, v in metrics.items() if k != "protocol"},
         "protocol": metrics["protocol"],

@@ -17,10 +17,13 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from .records import curve, mean_ap, ranked, teachers
+from .verdict import common_seeds
 
 # Of the training log, beside the methods' own statistics.
 GRADIENTS = ("distillation_gradient_share", "distillation_gradient_cosine")
-MOST_METHODS, BEST, MOST_PANELS = 8, 6, 6
+MOST_METHODS, BEST, MOST_PANELS, MOST_CLASSES = 8, 6, 6, 12
+BY_SIZE, BY_CLASS = "objects by size", "objects by class"
+SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255")  # of Okabe and Ito, and of Tol
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))  # another each time the palette is used up,
 MARKERS = "osD^"  # and so with the points
@@ -43,6 +46,7 @@ class Scene(NamedTuple):
 
     Attributes:
         setting: its name.
+        baseline: the method that the others are compared with.
         methods: all records, as `ranked`.
         looks: of every method.
         lines: the methods that pictures with lines show.
@@ -50,6 +54,7 @@ class Scene(NamedTuple):
     """
 
     setting: str
+    baseline: str
     methods: dict[str, list[dict]]
     looks: dict[str, Look]
     lines: list[str]
@@ -72,7 +77,7 @@ def make_scene(setting: str, runs: Sequence[dict], baseline: str) -> Scene:
     for index, name in enumerate(sorted(others, key=lambda name: name not in lines)):
         turn, colour = divmod(index, len(PALETTE))
         looks[name] = Look(PALETTE[colour], DASHES[turn % len(DASHES)], MARKERS[turn % len(MARKERS)])
-    return Scene(setting, methods, looks, lines, teachers(runs))
+    return Scene(setting, baseline, methods, looks, lines, teachers(runs))
 
 
 def draw_curves(scene: Scene) -> Figure:
@@ -174,6 +179,62 @@ def _logged(runs: Sequence[dict]) -> dict[str, dict[int, float]]:
     return {key: own for key, own in means.items() if own}
 
 
+def draw_gains(scene: Scene) -> Figure | None:
+    """Which objects gain: AP minus the baseline's by size and by class, mean over seeds, bars from least to most.
+
+    Of more than 12 classes, those whose AP moved most. None where no method has a seed in common with the baseline.
+    """
+    gains = {name: _gains(scene.methods[name], scene.methods.get(scene.baseline, [])) for name in scene.lines}
+    gains = {name: own for name, own in gains.items() if own and name != scene.baseline}
+    if not gains:
+        return None
+    moved: dict[tuple[str, str], float] = {}
+    for own in gains.values():
+        for kind in own:
+            moved[kind] = max(moved.get(kind, 0.0), abs(fmean(own[kind])))
+    classes = [kind for kind in moved if kind[0] == BY_CLASS]
+    left_out = sorted(classes, key=lambda kind: -moved[kind])[MOST_CLASSES:]
+    groups = {title: [kind for kind in moved if kind[0] == title and kind not in left_out] for title, _ in moved}
+    widths = [max(2, len(kinds)) for kinds in groups.values()]
+    figure, panels = _panels(1, len(groups), 4.7, 3.6, sharey=True, width_ratios=widths)
+    lines = {}
+    for axes, (title, kinds) in zip(panels, groups.items(), strict=True):
+        axes.axhline(0, color=BASELINE, linewidth=1.1)
+        for index, (name, own) in enumerate(gains.items()):
+            look, shift = scene.looks[name], 0.7 * ((index + 0.5) / len(gains) - 0.5)
+            if not any(kind in own for kind in kinds):
+                continue
+            at = [(place + shift, own[kind]) for place, kind in enumerate(kinds) if kind in own]
+            axes.vlines([x for x, _ in at], *zip(*((min(d), max(d)) for _, d in at), strict=True), color=look.colour)
+            means = [fmean(differences) for _, differences in at]
+            (lines[name],) = axes.plot([x for x, _ in at], means, look.marker, color=look.colour, markersize=5)
+        axes.set_xticks(
+            range(len(kinds)), [name for _, name in kinds], rotation=30 * (len(kinds) > 6), parse_math=False
+        )
+        axes.set_xlabel(title)
+    panels[0].set_ylabel(f"AP minus that of {scene.baseline}", parse_math=False)
+    _legend(figure, list(lines.items()))
+    unseen = f"; {len(left_out)} more class{'es' * (len(left_out) > 1)} left out" * bool(left_out)
+    _title(figure, f"{scene.setting}: which objects gain, mean over seeds (bar: min to max){scene.left_out}{unseen}")
+    return figure
+
+
+def _gains(runs: Sequence[dict], baseline_runs: Sequence[dict]) -> dict[tuple[str, str], list[float]]:
+    """By kind of object, how many points AP lies above the baseline's with each seed in common."""
+    ours, theirs = ({run["seed"]: _by_kind(run) for run in found} for found in (runs, baseline_runs))
+    seeds = common_seeds(runs, baseline_runs)
+    kinds = ours[seeds[0]] if seeds else ()
+    kinds = [kind for kind in kinds if all(kind in side[seed] for side in (ours, theirs) for seed in seeds)]
+    return {kind: [100 * (ours[seed][kind] - theirs[seed][kind]) for seed in seeds] for kind in kinds}
+
+
+def _by_kind(run: dict) -> dict[tuple[str, str], float]:
+    """AP by (`BY_SIZE` or `BY_CLASS`, which); without what the evaluation images do not show."""
+    found = {(BY_SIZE, size): run["metrics"][key] for key, size in SIZES.items()}
+    found |= {(BY_CLASS, name): ap for name, ap in run["per_class"].items()}
+    return {kind: ap for kind, ap in found.items() if ap >= 0}
+
+
 def _panels(rows: int, columns: int, width: float, height: float, **shared: Any) -> tuple[Figure, list[Axes]]:
     """A figure with panels of about that size in inches, and room for a legend beside them."""
     figure = Figure((columns * width + 1.8, rows * height + 0.4), dpi=DPI, layout="constrained")
@@ -264,4 +325,4 @@ def _places(x: float, y: float, width: float, height: float) -> Iterator[Bbox]:
             yield Bbox.from_bounds(left, bottom, width, height)
 
 
-PICTURES = {"curves": draw_curves, "cost": draw_cost, "inside": draw_inside}
+PICTURES = {"curves": draw_curves, "cost": draw_cost, "gains": draw_gains, "inside": draw_inside}

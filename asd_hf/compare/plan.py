@@ -166,11 +166,13 @@ def _set_teacher(sections: dict, where: str) -> None:
     teacher, student = model.get("teacher"), model.setdefault("student", {})
     if not methods:
         model["teacher"] = None
+        model.pop("teacher_cache", None)
         for section, key in ((model, "class_map"), (data, "unlabelled"), (data, "teacher_size")):
             section.pop(key, None)
     elif any(get_method(name).self_taught for name in methods):
         model["teacher"] = SELF_TAUGHT
-        model.pop("class_map", None)
+        for key in ("class_map", "teacher_cache"):
+            model.pop(key, None)
         sections["training"].setdefault("ema_decay", EMA_DECAY)
     if model.get("teacher") != teacher and isinstance(student, dict):
         if student.get("copy_weights"):

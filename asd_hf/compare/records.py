@@ -21,6 +21,7 @@ RECORD = {  # as far as it is read here: types, objects by their keys, lists by 
     "method": str,
     "seed": int,
     "metrics": dict.fromkeys(STATS, float),
+    "per_class": {},  # AP by name
     "bootstrap": {"seed": int, "AP": [float]},
     "num_images": int,
     "data_fingerprint": str,

@@ -27,8 +27,8 @@ def render(folder: Path, out: Path | None = None, baseline: str = NO_METHOD) -> 
     """Writes a Markdown file and pictures of every setting whose records are below `folder`.
 
     Args:
-        out: where to, `folder` itself by default: `<setting>.md`, `<setting>_curves.png`, `<setting>_cost.png` and, if
-            methods logged anything of themselves, `<setting>_inside.png`.
+        out: where to, `folder` itself by default: `<setting>.md` and `<setting>_<picture>.png` for each of `PICTURES`
+            that has something to show.
         baseline: the method that the others are compared with.
 
     Returns:

@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import platform
 import resource
 import shutil
@@ -21,14 +19,16 @@ import torch
 import yaml
 from filelock import FileLock
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import __version__
 from ..build import Parts
+from ..checkpoints import newest_checkpoint
 from ..config import build_config
 from ..errors import UserError
 from ..evaluation import STATS, TOP_K
 from ..evaluation.bootstrap import bootstrap_ap
+from ..files import write_whole
+from ..teacher_cache import weights_sha256
 from ..trainer import DistillationTrainer
 from .plan import Plan
 
@@ -63,12 +63,12 @@ def train_and_record(plan: Plan, folder: Path) -> dict:
         args.max_steps = _steps_in_budget(plan, folder)
     parts = Parts(run)
     student = _fresh_student(parts, args.seed)
-    digest = sha256(student)
+    digest = weights_sha256(student)
     trainer = parts.trainer()
     trainer.remove_callback(PrinterCallback)
     clock = Clock()
     trainer.add_callback(clock)
-    trainer.train(resume_from_checkpoint=_newest_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
     costs = _costs(trainer, clock)
     trainer.watch_attention(False)
     trainer.save_model(_internal_call=True)
@@ -89,24 +89,9 @@ def train_and_record(plan: Plan, folder: Path) -> dict:
     }
 
 
-def _newest_checkpoint(folder: Path) -> str | None:
-    """The last one that is whole: Trainer writes its own state last."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
-
-
-def sha256(model: PreTrainedModel) -> str:
-    """Of all weights and buffers, by name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
 def _fresh_student(parts: Parts, seed: int) -> PreTrainedModel:
     """The student of a seed, whatever teacher was loaded before it."""
-    parts.teacher  # noqa: B018  loading may draw random numbers
+    parts.teacher_spec  # noqa: B018  loading the teacher may draw random numbers
     set_seed(seed)
     return parts.student.model
 
@@ -197,10 +182,16 @@ def _numbers(trainer: DistillationTrainer, parts: Parts) -> dict:
         "num_images": evaluator.num_images,
         "data_fingerprint": protocol["fingerprint"],
         "teacher": teacher,
-        "teacher_sha256": None if parts.teacher is None else sha256(parts.teacher.model),
+        "teacher_sha256": _teacher_sha256(parts),
         "judged": "student" if trainer.ema is None else "ema",
         "protocol": protocol,
     }
+
+
+def _teacher_sha256(parts: Parts) -> str | None:
+    if parts.cache is not None:
+        return parts.cache.manifest.teacher_sha256
+    return None if parts.teacher is None else weights_sha256(parts.teacher.model)
 
 
 def _costs(trainer: DistillationTrainer, clock: Clock) -> dict:
@@ -238,14 +229,6 @@ def _curves(history: list[dict], costs: dict, metrics: dict) -> dict[str, list[d
 def _short(entry: dict) -> dict:
     """Numbers at five digits: records are kept in repositories."""
     return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in entry.items()}
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes beside and renames, so that a file that exists is whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f"{file.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)
 
 
 def main(folder: Path, record: Path) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -97,17 +96,13 @@ class Schedule:
             threads = [threading.Thread(target=self._place, args=(i,), daemon=True) for i in range(self.jobs)]
             for thread in threads:
                 thread.start()
-            # As Ctrl-C: the runs are ended first.
-            before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
             try:
                 for thread in threads:
                     while thread.is_alive():
                         thread.join(0.5)
             except BaseException:
-                self._stop()
+                self._stop()  # the runs are ended first
                 raise
-            finally:
-                signal.signal(signal.SIGTERM, before)
         return self.failures
 
     def _stop(self) -> None:

@@ -20,7 +20,8 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         plain bool, false for an image without annotations; in evaluation `ground_truth` float64 (G, 7): x, y, w, h in
         pixels of the file, area, iscrowd, class index, of all annotations.
         Where the teacher has a view of its own also `teacher_pixel_values` uint8 (B, 3, H', W') and
-        `teacher_pixel_mask` bool (B, H', W'), padded by themselves; the labels are the same for both views.
+        `teacher_pixel_mask` bool (B, H', W'), padded by themselves; the labels are the same for both views. Where its
+        predictions are on disk, `teacher`: their tensors, stacked.
     """
     return unpack(pack(samples))
 
@@ -31,10 +32,12 @@ def pack(samples: list[dict[str, Any]]) -> dict[str, Any]:
     Each tensor sent takes a file descriptor; with one a label, large batches run out of them.
     """
     batch: dict[str, Any] = {}
-    batch["pixel_values"], batch["pixel_mask"] = _pad([sample["pixel_values"] for sample in samples])
+    batch["pixel_values"], batch["pixel_mask"] = pad([sample["pixel_values"] for sample in samples])
     if "teacher_pixel_values" in samples[0]:
         images = [sample["teacher_pixel_values"] for sample in samples]
-        batch["teacher_pixel_values"], batch["teacher_pixel_mask"] = _pad(images)
+        batch["teacher_pixel_values"], batch["teacher_pixel_mask"] = pad(images)
+    if "teacher" in samples[0]:
+        batch["teacher"] = {name: torch.stack([s["teacher"][name] for s in samples]) for name in samples[0]["teacher"]}
     labels = {}
     for key in samples[0]["labels"]:
         values = [sample["labels"][key] for sample in samples]
@@ -58,7 +61,7 @@ def unpack(batch: dict[str, Any]) -> dict[str, Any]:
     return {**batch, "labels": labels}
 
 
-def _pad(images: list[Tensor]) -> tuple[Tensor, Tensor]:
+def pad(images: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Images (3, h, w) as (B, 3, H, W), zero where padded, and their mask (B, H, W)."""
     height, width = max(image.shape[-2] for image in images), max(image.shape[-1] for image in images)
     pixel_values = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)

@@ -84,6 +84,25 @@ class DataConfig:
     num_eval_images: int | None = field(
         default=None, metadata={"help": "evaluate on this many images, the first of the split; null: on all"}
     )
+    max_boxes: int = field(
+        default=1000,
+        metadata={
+            "help": "most boxes of a training image; one with more cannot be used (no detector has so many queries, "
+            "and the denoising of RT-DETR and its kin makes two more of each box: the memory grows with the square)"
+        },
+    )
+    bad_rows: str = field(
+        default="raise",
+        metadata={
+            "help": "what an image or annotation that cannot be used does to training. 'raise': stops it, with a line "
+            "that names it; 'skip': all images are read once before training and the bad ones are left out, listed in "
+            "skipped_rows.jsonl of training.output_dir. Evaluation leaves nothing out: it stops",
+            "choices": ["raise", "skip"],
+        },
+    )
+    max_bad_share: float = field(
+        default=0.01, metadata={"help": "largest share of the rows that bad_rows: skip leaves out; it stops above"}
+    )
 
     def __post_init__(self) -> None:
         for spec in fields(self):
@@ -106,6 +125,10 @@ class DataConfig:
                 )
         if self.train_split is None and self.unlabelled is None:
             raise UserError("data.train_split is null: without a split to train on data.unlabelled must be set")
+        if self.max_boxes < 1:
+            raise UserError(f"data.max_boxes is {self.max_boxes}: at least 1 is needed")
+        if not 0 <= self.max_bad_share < 1:
+            raise UserError(f"data.max_bad_share is {self.max_bad_share}: it must be in [0, 1)")
         if self.shuffle_buffer < 1:
             raise UserError(f"data.shuffle_buffer is {self.shuffle_buffer}: at least 1 is needed")
         if self.num_eval_images is not None and self.num_eval_images < 1:

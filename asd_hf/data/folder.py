@@ -14,6 +14,7 @@ from datasets import Features, Value
 
 from ..errors import UserError
 from .cache import build_once, cache_root, digest
+from .faults import is_text
 from .rows import MAX_SHARDS, Source, cut_evenly, read_rows, stream_of
 
 logger = logging.getLogger(__name__)
@@ -86,15 +87,7 @@ def _list_images(root: Path) -> tuple[list[tuple[str, int, int]], tuple[int, str
                     left_out.append(path)
                     continue
                 name, stat = path.relative_to(root).as_posix(), entry.stat()
-                if not _is_text(name):
+                if not is_text(name):
                     raise UserError(f"{root}: the file name {name!r} is not UTF-8: rename the file")
                 files.append((name, stat.st_size, stat.st_mtime_ns))
     return sorted(files), (len(left_out), str(min(left_out))) if left_out else None
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

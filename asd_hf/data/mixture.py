@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -78,4 +79,6 @@ def mix(labelled: Source, unlabelled: Source) -> Source:
         shard_lengths=lengths
         and [sum(sum(part[shard::num_shards]) for part in lengths) for shard in range(num_shards)],
         fingerprint=digest(labelled.fingerprint, unlabelled.fingerprint),
+        faults=labelled.faults + unlabelled.faults,
+        notes=dict(Counter(labelled.notes) + Counter(unlabelled.notes)),
     )

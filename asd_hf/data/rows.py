@@ -8,11 +8,14 @@ annotated, which is another thing than one without objects.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
+
+from .faults import Fault
 
 MAX_SHARDS = 64  # of a data set that can be cut anywhere: divisible by the usual numbers of ranks and workers
 READ_BATCH = 16  # rows converted from Arrow at a time; encoded images of as many are in memory
@@ -30,6 +33,10 @@ class Source:
 
     `category_ids` are the data set's own ids of the classes, for result files. `shard_lengths` are the rows of each
     shard, None when only reading all of the data would tell. `fingerprint` changes when the data does.
+
+    `faults` are the rows that have been left out; where a reader keeps bad rows, those known before they are read.
+    `notes` counts what is repaired or worth a look, by the kinds of `faults.NOTES`, as far as it is known.
+    `files` names the images that lie in files of their own, which `fingerprint` does not cover.
     """
 
     stream: datasets.IterableDataset
@@ -37,6 +44,9 @@ class Source:
     category_ids: list[int]
     shard_lengths: list[int] | None
     fingerprint: str
+    faults: list[Fault] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
+    files: Iterable[Path] = ()
 
     @property
     def num_rows(self) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
 import json
@@ -22,6 +21,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..files import checksum, write_whole
 from .rows import Source, cut_evenly, read_rows
 
 logger = logging.getLogger(__name__)
@@ -81,16 +81,16 @@ def shard_dataset(
             part = itertools.islice(rows, length)
             name = f"data/{split}-{index:05d}-of-{num_shards:05d}.parquet"
             shard = finished.get(name)
-            if shard is not None and _checksum(output / name) == shard["sha256"]:
+            if shard is not None and checksum(output / name) == shard["sha256"]:
                 bar.update(sum(1 for _ in part))
             else:
                 count = _write_shard(output / name, part, _features(source.class_names), bar)
                 if count != length:
                     raise UserError(f"the source ended within {name}: did its files change meanwhile?")
                 size = (output / name).stat().st_size
-                shard = {"file": name, "rows": length, "bytes": size, "sha256": _checksum(output / name)}
+                shard = {"file": name, "rows": length, "bytes": size, "sha256": checksum(output / name)}
             manifest["shards"].append(shard)
-            _write_beside(partial, json.dumps(manifest, indent=1))
+            write_whole(partial, json.dumps(manifest, indent=1))
     partial.replace(file)
     _write_card(output, source)
     return manifest
@@ -137,12 +137,17 @@ def _write_shard(path: Path, rows: Iterator[dict[str, Any]], features: Features,
     """Writes the rows beside `path` and renames the file when it is complete; how many there were."""
     schema, count = features.arrow_schema, 0
     beside = path.with_name(f"{path.name}.part")
-    with pq.ParquetWriter(beside, schema) as writer:
-        while group := [_stored(row) for row in itertools.islice(rows, ROW_GROUP)]:
-            writer.write_table(pa.Table.from_pylist(group, schema=schema))
-            count += len(group)
-            bar.update(len(group))
-    beside.replace(path)
+    try:
+        with pq.ParquetWriter(beside, schema) as writer:
+            while group := [_stored(row) for row in itertools.islice(rows, ROW_GROUP)]:
+                writer.write_table(pa.Table.from_pylist(group, schema=schema))
+                count += len(group)
+                bar.update(len(group))
+        beside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} could not be finished: {error}; started again, the command goes on there") from error
+    finally:
+        beside.unlink(missing_ok=True)
     return count
 
 
@@ -159,23 +164,6 @@ def _stored(row: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{name} cannot be read: {error}") from error
     image = {"bytes": data, "path": path and Path(path).name}
     return {**row, "image": image, "width": width, "height": height}
-
-
-def _checksum(path: Path) -> str | None:
-    """The sha256 of a file, None if it is not there."""
-    if not path.is_file():
-        return None
-    checksum = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            checksum.update(block)
-    return checksum.hexdigest()
-
-
-def _write_beside(path: Path, text: str) -> None:
-    beside = path.with_name(f"{path.name}.new")
-    beside.write_text(text)
-    beside.replace(path)
 
 
 def _write_card(output: Path, source: Source) -> None:

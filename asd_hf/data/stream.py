@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +17,7 @@ from ..errors import UserError
 from .collate import pack, unpack
 from .rows import Source, read_rows
 
+GRACE = 60  # seconds that a loader worker goes on after SIGTERM; its process may still be at a step
 MAX_LEFTOVER = 0.02  # of the rows, that unequal shards may keep out of an epoch before they are shared row by row
 
 
@@ -216,7 +220,24 @@ def build_loader(stream: DetectionStream, num_workers: int | None = None, pin_me
         num_workers=stream.num_workers,
         pin_memory=pin_memory,
         persistent_workers=stream.num_workers > 0,
+        worker_init_fn=_outlive_signals,
+        # Of the workers' own seeds, which the stream has no use for. Drawn from the global generator, they would make
+        # what a model draws depend on where loaders are begun, and so on whether the run was interrupted.
+        generator=torch.Generator(),
     )
+
+
+def _outlive_signals(worker: int) -> None:
+    """Terminals and schedulers signal all processes of a run: the loader's go on until its own process has stopped."""
+
+    def end_later(*_) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        timer = threading.Timer(GRACE, os._exit, args=(0,))
+        timer.daemon = True
+        timer.start()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end_later)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from ..errors import UserError
 from .cache import digest
+from .faults import NOTES, BadRow, bad_row, box_note, is_image_id, is_number
 from .rows import MAX_SHARDS, Source, cut_evenly, read_rows, stream_of
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,11 @@ ARCHIVES = ("zip://", "tar://", "gzip://")  # of the Hub's data sets that images
 BOXES_TO_DETECT = 1000
 MAX_RELATIVE = 2  # first boxes without a larger number are not in pixels; relative ones may reach a little beyond 1
 FOOTERS_AT_A_TIME = 16
+MISUNDERSTOOD = (TypeError, ValueError, AttributeError, OverflowError)  # raised by rows of another form than expected
 UNKNOWN_LENGTH = 1 << 32  # rows that a shard of unknown length is taken to have, to number rows without image_id
+
+
+_warned: set[str] = set()  # names of data sets of which this process has said that boxes are repaired
 
 
 @dataclass
@@ -54,10 +59,13 @@ class Raw:
     annotations: datasets.IterableDataset | None  # the same rows without their images; None where that saves nothing
     folder: Path | None = None
     repository: str | None = None  # its name on the Hub
+    files: list[str] | None = None  # of each shard
     manifest: dict[str, Any] = field(default_factory=dict)
 
 
-def open_table(source: str, split: str, box_format: str | None, labelled: bool = True) -> Source:
+def open_table(
+    source: str, split: str, box_format: str | None, labelled: bool = True, keep_bad: bool = False
+) -> Source:
     """Opens a split of a folder of `save_to_disk`, of Parquet or WebDataset shards, or of a data set on the Hub.
 
     Class names come from `manifest_<split>.json`, from a ClassLabel, or from a `category_name` beside the numbers. The
@@ -66,6 +74,7 @@ def open_table(source: str, split: str, box_format: str | None, labelled: bool =
 
     Args:
         labelled: False takes the images alone, numbered in their order: objects are not read and need not be there.
+        keep_bad: give `faults.bad_row` in place of a row that cannot be used, which is an error otherwise.
 
     Raises:
         UserError: the source, the split, class names or box format are not to be found, or do not fit the rows; or
@@ -78,7 +87,9 @@ def open_table(source: str, split: str, box_format: str | None, labelled: bool =
         box_format = _box_format(raw, box_format or raw.manifest.get("box_format"))
     else:
         names, ids, known, box_format = [], [], None, None
-    reader = TableReader(raw.stream, raw.lengths, known, box_format == "xyxy", raw.folder, raw.repository, raw.name)
+    reader = TableReader(
+        raw.stream, raw.lengths, known, box_format == "xyxy", raw.folder, raw.repository, raw.name, raw.files, keep_bad
+    )
     return Source(
         stream=stream_of(reader, raw.stream.num_shards),
         class_names=names,
@@ -170,6 +181,7 @@ def _open_parquet(folder: Path, split: str, files: list[Path]) -> Raw:
         fingerprint=digest([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]),
         annotations=datasets.load_dataset("parquet", columns=columns, **named),
         folder=folder,
+        files=[str(file) for file in files],
     )
 
 
@@ -189,7 +201,7 @@ def _open_tars(folder: Path, split: str, files: list[Path], labelled: bool) -> R
 
 def _read_tars(files: list[str], with_images: bool = True, labelled: bool = True) -> Iterator[dict[str, Any]]:
     """Samples of WebDataset tars: neighbouring members whose names agree up to the first dot, one of them JSON if
-    they are `labelled`.
+    they are `labelled`. A sample is {"row", "fault"}, the latter saying why its JSON cannot be read, if so.
     """
     for file in files:
         try:
@@ -197,18 +209,26 @@ def _read_tars(files: list[str], with_images: bool = True, labelled: bool = True
                 members = ((member, *_key_and_suffix(member.name)) for member in archive if member.isfile())
                 for key, group in itertools.groupby(members, key=lambda item: item[1]):
                     row: dict[str, Any] = {}
+                    fault = None
                     for member, _, suffix in group:
                         if suffix == "json":
-                            row |= json.loads(archive.extractfile(member).read())
+                            fault = _add_json(row, archive.extractfile(member).read())
                         elif suffix in IMAGE_COLUMNS and with_images:
                             row["image"] = {"bytes": archive.extractfile(member).read(), "path": member.name}
-                    if labelled and not any(column in row for column in OBJECT_COLUMNS):
-                        raise UserError(f"{file}: sample {key!r} has no .json with its objects")
-                    yield {"row": row}
+                    if labelled and fault is None and not any(column in row for column in OBJECT_COLUMNS):
+                        fault = "has no .json with its objects"
+                    yield {"row": row, "fault": fault and f"{file}: sample {key!r} {fault}"}
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
             raise UserError(f"{file} cannot be read: {_first_line(error)}") from error
+
+
+def _add_json(row: dict[str, Any], text: bytes) -> str | None:
+    """Adds the JSON of a sample to its row; why it cannot be read, if so."""
+    try:
+        row |= json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        return f"has a .json that cannot be read: {_first_line(error)}"
+    return None
 
 
 def _key_and_suffix(name: str) -> tuple[str, str]:
@@ -303,54 +323,90 @@ class TableReader:
     folder: Path | None
     repository: str | None
     name: str
+    files: list[str] | None = None  # of each shard, for messages
+    keep_bad: bool = False
 
     def __call__(self, shard: int) -> Iterator[dict[str, Any]]:
         first = shard * UNKNOWN_LENGTH if self.lengths is None else sum(self.lengths[:shard])
-        part = self.stream.shard(num_shards=self.stream.num_shards, index=shard)
-        for number, stored in enumerate(read_rows(part), start=first):
-            yield self.row(_flat(stored), number)
+        for number, stored in enumerate(_read_shard(self.stream, shard, self.files, self.name), start=first):
+            try:
+                row = self.row(stored, number)
+            except BadRow as error:
+                if not self.keep_bad:
+                    raise
+                row = bad_row(error, self._id(stored, number), None)
+            yield row
+
+    def _id(self, stored: dict[str, Any], number: int) -> int:
+        """The id of a bad row, its number where it has none."""
+        image_id = stored.get("row", stored).get("image_id")
+        return image_id if self.known is not None and is_image_id(image_id) else number
 
     def row(self, stored: dict[str, Any], number: int) -> dict[str, Any]:
+        """A stored row in the form of `rows`, or a BadRow; UserError where the machine is to blame."""
+        try:
+            return self._row(_flat(stored), number)
+        except UserError:
+            raise
+        except MISUNDERSTOOD as error:
+            raise BadRow("row", f"{self.name}: row {number} is not understood: {_first_line(error)}") from error
+
+    def _row(self, stored: dict[str, Any], number: int) -> dict[str, Any]:
         image_id = None if self.known is None else stored.get("image_id")
         image_id = number if image_id is None else image_id
+        size = stored.get("width"), stored.get("height")
         name = f"{self.name}: image {image_id}"
-        if not isinstance(image_id, int):
-            raise UserError(f"{self.name}: image_id {image_id!r} of row {number} is not an integer")
+        if not is_image_id(image_id):
+            why = f"{self.name}: image_id {image_id!r:.80} of row {number} is not an integer, or not below 2^62"
+            raise BadRow("image id", why)
         return {
             "image": self._image(_find(stored, IMAGE_COLUMNS), name),
             "image_id": image_id,
-            "width": stored.get("width"),
-            "height": stored.get("height"),
-            "objects": None if self.known is None else self._checked(_objects(stored, name), name),
+            "width": size[0],
+            "height": size[1],
+            "objects": None if self.known is None else self._checked(_objects(stored, name), size, name),
         }
 
-    def _checked(self, objects: dict[str, Any], name: str) -> dict[str, list]:
+    def _checked(self, objects: dict[str, Any], size: tuple[int | None, int | None], name: str) -> dict[str, list]:
         """The objects of image `name` with boxes as xywh and categories as class indices."""
         boxes = objects.pop("bbox")
         for index, box in enumerate(boxes):
             if not _is_box(box):
-                raise UserError(f"{name}: box {index} is {box}: it must be four finite numbers")
+                raise BadRow("box", f"{name}: box {index} is {box!r:.80}: it must be four finite numbers")
             x, y, w, h = map(float, box)
             w, h = (w - x, h - y) if self.corners else (w, h)
             if w < 0 or h < 0:
                 stated = "xyxy" if self.corners else "xywh"
-                raise UserError(f"{name}: box {index} is {box}: as {stated} its size is negative; see data.box_format")
+                why = f"{name}: box {index} is {box}: as {stated} its size is negative; see data.box_format"
+                raise BadRow("box", why)
             boxes[index] = [x, y, w, h]
         categories = []
         for category in objects["category"]:
             if category not in self.known:
-                raise UserError(
-                    f"{name}: category {category!r} is not among the {len(set(self.known.values()))} classes"
-                )
+                classes = len(set(self.known.values()))
+                raise BadRow("category", f"{name}: category {category!r:.80} is not among the {classes} classes")
             categories.append(self.known[category])
+        self._warn(boxes, size, name)
         count = len(boxes)
         area = [w * h for _, _, w, h in boxes] if objects["area"] is None else list(map(float, objects["area"]))
         crowd = [0] * count if objects["iscrowd"] is None else list(map(int, objects["iscrowd"]))
         if {len(categories), len(area), len(crowd)} != {count}:
-            raise UserError(
-                f"{name}: {count} boxes, but {len(categories)} categories, {len(area)} areas, {len(crowd)} iscrowd"
+            raise BadRow(
+                "row",
+                f"{name}: {count} boxes, but {len(categories)} categories, {len(area)} areas, {len(crowd)} iscrowd",
             )
+        if not all(map(is_number, area)) or not {0, 1}.issuperset(crowd):
+            raise BadRow("box", f"{name}: every area must be a finite number and every iscrowd 0 or 1")
         return {"bbox": boxes, "category": categories, "area": area, "iscrowd": crowd}
+
+    def _warn(self, boxes: list[list[float]], size: tuple[int | None, int | None], name: str) -> None:
+        """Says once a process that boxes are repaired; they are counted where all are read before training."""
+        if self.name in _warned or self.keep_bad:
+            return
+        width, height = (math.inf if side is None else side for side in size)
+        if note := next(filter(None, (box_note(box, width, height) for box in boxes)), None):
+            _warned.add(self.name)
+            logger.warning("%s: %s: %s; `asd-hf check-data` counts all", name, note, NOTES[note])
 
     def _image(self, image: Any, name: str) -> dict[str, Any]:
         """The encoded bytes of an image, read from its file if the row only names one."""
@@ -359,18 +415,39 @@ class TableReader:
         elif isinstance(image, str):
             image = {"bytes": None, "path": image}
         if not isinstance(image, dict) or (image.get("bytes") is None and image.get("path") is None):
-            raise UserError(f"{name} has no image: looked in the columns {', '.join(IMAGE_COLUMNS)}")
+            raise BadRow("missing image", f"{name} has no image: looked in the columns {', '.join(IMAGE_COLUMNS)}")
         if image["bytes"] is not None:
             return {"bytes": image["bytes"], "path": image["path"]}
         if self.repository is not None and _is_in_repository(image["path"], self.repository):
-            with fsspec.open(image["path"], "rb") as file:
-                return {"bytes": file.read(), "path": image["path"]}
+            try:
+                with fsspec.open(image["path"], "rb") as file:
+                    return {"bytes": file.read(), "path": image["path"]}
+            except FileNotFoundError:
+                raise BadRow("missing image", f"{name} ({image['path']}) is missing") from None
+            except OSError as error:
+                raise UserError(f"{name} ({image['path']}) cannot be read: {_first_line(error)}") from error
         if self.folder is not None:
             folder = self.folder.resolve()
             path = (folder / image["path"]).resolve()
             if path.is_relative_to(folder):
                 return {"bytes": None, "path": str(path)}
-        raise UserError(f"{name} is only named, and {image['path']!r} is not inside the data set")
+        raise BadRow("file name", f"{name} is only named, and {image['path']!r} is not inside the data set")
+
+
+def _read_shard(
+    stream: datasets.IterableDataset, shard: int, files: list[str] | None, name: str
+) -> Iterator[dict[str, Any]]:
+    """The rows of one shard; a file that breaks off is the user's error, which names it."""
+    try:
+        yield from read_rows(stream.shard(num_shards=stream.num_shards, index=shard))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{name if files is None else files[shard]} cannot be read: {_first_line(error)}") from error
+
+
+def _read_all(raw: Raw, stream: datasets.IterableDataset) -> Iterator[dict[str, Any]]:
+    """All rows of a stream of `raw`, shard by shard."""
+    for shard in range(stream.num_shards):
+        yield from _read_shard(stream, shard, raw.files, raw.name)
 
 
 def _is_in_repository(url: str, repository: str) -> bool:
@@ -388,12 +465,14 @@ def _is_in_repository(url: str, repository: str) -> bool:
 
 
 def _is_box(box: list[float | None] | None) -> bool:
-    return box is not None and len(box) == 4 and all(v is not None and math.isfinite(v) for v in box)
+    return isinstance(box, list) and len(box) == 4 and all(map(is_number, box))
 
 
 def _flat(stored: dict[str, Any]) -> dict[str, Any]:
     """A WebDataset sample's JSON as columns."""
-    if set(stored) == {"row"}:
+    if set(stored) == {"row", "fault"}:
+        if stored["fault"] is not None:
+            raise BadRow("row", stored["fault"])
         return stored["row"]
     return {**stored, **stored["json"]} if isinstance(stored.get("json"), dict) else stored
 
@@ -412,12 +491,13 @@ def _objects(stored: dict[str, Any], name: str) -> dict[str, Any]:
         objects = {key: [item.get(key) for item in objects] for key in keys}
         objects = {key: None if all(v is None for v in values) else values for key, values in objects.items()}
     if not isinstance(objects, dict):
-        raise UserError(f"{name} has no objects: looked for the columns {', '.join(OBJECT_COLUMNS)}")
+        raise BadRow("row", f"{name} has no objects: looked for the columns {', '.join(OBJECT_COLUMNS)}")
     boxes, categories = _find(objects, BOX_FIELDS), _find(objects, (*CATEGORY_FIELDS, *NAME_FIELDS))
     if boxes is None or categories is None:
-        raise UserError(
+        raise BadRow(
+            "row",
             f"{name}: its objects have {', '.join(objects)}: a field of {', '.join(BOX_FIELDS)} and one of "
-            f"{', '.join(CATEGORY_FIELDS)} are needed"
+            f"{', '.join(CATEGORY_FIELDS)} are needed",
         )
     return {
         "bbox": list(boxes),
@@ -445,10 +525,12 @@ def _classes(raw: Raw) -> tuple[list[str], list[int], dict[int | str, int]]:
         names = label.names
         return names, list(range(len(names))), {i: i for i in range(len(names))}
     found = _scan_names(raw)
+    numbers = all(isinstance(category, int) for category in found)
+    if not numbers and any(isinstance(category, int) for category in found):
+        raise UserError(f"{raw.name}: some categories are numbers and others names: {', '.join(map(repr, found))}")
     names = [found[category] for category in sorted(found)]
     if len(set(names)) < len(names):
         raise UserError(f"{raw.name}: two categories have the same name among {', '.join(names)}")
-    numbers = all(isinstance(category, int) for category in found)
     ids = sorted(found) if numbers else list(range(len(found)))
     return names, ids, {category: index for index, category in enumerate(sorted(found))}
 
@@ -458,24 +540,33 @@ def _scan_names(raw: Raw) -> dict[int | str, str]:
     found: dict[int | str, str] = {}
     if raw.annotations is not None:
         logger.info("%s: reading all annotations once for the names of the classes", raw.name)
-        for stored in read_rows(raw.annotations):
-            stored = _flat(stored)
-            objects = _find(stored, OBJECT_COLUMNS)
-            for item in objects if isinstance(objects, list) else [objects]:
-                categories, names = _find(item, CATEGORY_FIELDS), _find(item, NAME_FIELDS)
-                names = categories if names is None else names
-                categories = names if categories is None else categories
-                if not isinstance(categories, list):
-                    categories, names = [categories], [names]
-                for category, name in zip(categories or (), names or (), strict=True):
-                    if isinstance(name, str) and found.setdefault(category, name) != name:
-                        raise UserError(f"{raw.name}: category {category!r} is named {found[category]!r} and {name!r}")
+        for stored in _read_all(raw, raw.annotations):
+            for category, name in _named_categories(stored):
+                if found.setdefault(category, name) != name:
+                    raise UserError(f"{raw.name}: category {category!r} is named {found[category]!r} and {name!r}")
     if not found:
         raise UserError(
             f"{raw.name}: its categories are numbers without names: store them as ClassLabel, or put "
             'manifest_<split>.json with {"class_names": [...]} into the folder of the shards'
         )
     return found
+
+
+def _named_categories(stored: dict[str, Any]) -> list[tuple[int | str, str]]:
+    """(category, name) of the objects of a row; none of a bad row, which the reader reports."""
+    pairs = []
+    try:
+        objects = _find(_flat(stored), OBJECT_COLUMNS)
+        for item in objects if isinstance(objects, list) else [objects]:
+            categories, names = _find(item, CATEGORY_FIELDS), _find(item, NAME_FIELDS)
+            names = categories if names is None else names
+            categories = names if categories is None else categories
+            if not isinstance(categories, list):
+                categories, names = [categories], [names]
+            pairs += zip(categories or (), names or (), strict=True)
+    except MISUNDERSTOOD:
+        return []
+    return [(category, name) for category, name in pairs if isinstance(category, int | str) and isinstance(name, str)]
 
 
 def _box_format(raw: Raw, stated: str | None) -> str:
@@ -490,10 +581,13 @@ def _box_format(raw: Raw, stated: str | None) -> str:
 def _first_boxes(raw: Raw) -> Iterator[tuple[list[float], int, tuple[float, float]]]:
     """(box as it is stored, image id, (width, height) of the image) of the first boxes."""
     count = 0
-    for number, stored in enumerate(read_rows(raw.stream)):
-        stored = _flat(stored)
-        image_id = stored.get("image_id", number)
-        boxes = _objects(stored, f"{raw.name}: image {image_id}")["bbox"]
+    for number, stored in enumerate(_read_all(raw, raw.stream)):
+        try:
+            stored = _flat(stored)
+            image_id = stored.get("image_id", number)
+            boxes = _objects(stored, f"{raw.name}: image {image_id}")["bbox"]
+        except MISUNDERSTOOD:
+            continue  # a bad row, which the reader reports
         size = _size(stored) if boxes else (0, 0)
         yield from ((box, image_id, size) for box in boxes if _is_box(box))
         count += len(boxes)
@@ -533,8 +627,9 @@ def _detect_box_format(name: str, boxes: list[tuple[list[float], int, tuple[floa
 
 def _size(stored: dict[str, Any]) -> tuple[float, float]:
     """(width, height) of a row's image, as stated or read from the head of the file."""
-    if stored.get("width") and stored.get("height"):
-        return stored["width"], stored["height"]
+    size = stored.get("width"), stored.get("height")
+    if all(map(is_number, size)) and all(size):
+        return size
     image = _find(stored, IMAGE_COLUMNS)
     data = image.get("bytes") if isinstance(image, dict) else image
     try:

@@ -5,22 +5,27 @@ What is done to a training image is drawn first and then done to its original pi
 
 from __future__ import annotations
 
+import errno
 import io
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.io import decode_jpeg
 from torchvision.transforms.v2 import functional as F
 from transformers.image_transforms import get_size_with_aspect_ratio
 
 from ..errors import UserError
 from .config import DataConfig, teacher_view
+from .faults import BadRow
 
+FAULTS_OF_NAMES = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)  # not of the machine
 DEEP_MODES = ("I", "F")  # PIL's modes beyond 8 bits a channel begin so; converting them to RGB would clip
 
 
@@ -43,6 +48,24 @@ def draw_geometry(config: DataConfig, height: int, width: int) -> Geometry:
         return Geometry(flip, window, tuple(config.fixed_size))
     size = config.train_sizes[int(torch.randint(len(config.train_sizes), ()))]
     return Geometry(flip, window, resized(*window[2:], size, config.max_size))
+
+
+def count_geometries(config: DataConfig) -> int | None:
+    """How many geometries the teacher can see of a training image: 1, 2 (as it is and flipped), or None for many."""
+    one_size = config.resize == "fixed" or config.teacher_size is not None or len(set(config.train_sizes)) == 1
+    if config.augmentation == "detr" or not one_size:
+        return None
+    return 2 if config.augmentation == "flip" else 1
+
+
+def teacher_pixels(image: Tensor, geometry: Geometry, config: DataConfig) -> Tensor:
+    """What the teacher sees of the pixels of an image, uint8 (3, h', w'), in training under `config`."""
+    image = F.horizontal_flip(image) if geometry.flip else image
+    image = F.crop(image, *geometry.window)
+    size = geometry.size
+    if config.teacher_size is not None:
+        size = evaluation_size(teacher_view(config), *geometry.window[2:])
+    return F.resize(image, size, antialias=True)
 
 
 def evaluation_size(config: DataConfig, height: int, width: int) -> tuple[int, int]:
@@ -88,6 +111,16 @@ def resize_spec(config: DataConfig) -> dict[str, int]:
     return {"shortest_edge": config.eval_size, "longest_edge": config.max_size}
 
 
+class Predictions(Protocol):
+    """What a teacher on disk said of the images, in the place of its view of them."""
+
+    def draw_epoch(self, epoch: int) -> int:
+        """The epoch whose random choices the images have in `epoch`."""
+
+    def read(self, image_id: int, epoch: int, geometry: Geometry, size: tuple[int, int]) -> dict[str, Tensor]:
+        """The tensors of an image of `size` (height, width) under `geometry`."""
+
+
 class RowTransform:
     """Turns an encoded row of a `Source` into a sample for `collate`.
 
@@ -100,11 +133,19 @@ class RowTransform:
             the labels carry the ground truth for evaluation. The teacher is evaluated with `teacher_view(config)`.
         label_map: the model's class index of each class index of the source, for labels and ground truth; None keeps
             the source's.
+        predictions: of the teacher, to be added to each training sample in place of the teacher's view.
     """
 
-    def __init__(self, config: DataConfig, training: bool, seed: int = 0, label_map: list[int] | None = None) -> None:
-        self.config, self.training = config, training
-        self.teacher = teacher_view(config) if training and config.teacher_size is not None else None
+    def __init__(
+        self,
+        config: DataConfig,
+        training: bool,
+        seed: int = 0,
+        label_map: list[int] | None = None,
+        predictions: Predictions | None = None,
+    ) -> None:
+        self.config, self.training, self.predictions = config, training, predictions
+        self.shows_teacher = training and config.teacher_size is not None and predictions is None
         self.seed, self.epoch = seed, 0
         self.label_map = None if label_map is None else torch.tensor(label_map)
 
@@ -114,20 +155,22 @@ class RowTransform:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """One sample: `pixel_values` uint8 (3, h, w), `labels` as the collated batch has them, and the teacher's view
-        `teacher_pixel_values` uint8 (3, h', w') where there is one.
+        `teacher_pixel_values` uint8 (3, h', w') where there is one, or the `teacher`'s predictions.
 
         Raises:
-            UserError: the image cannot be decoded, has another size than its annotation says, or is to be evaluated
-                and has no annotations.
+            UserError: the image cannot be decoded, has another size than its annotation says, has too many boxes to
+                train on, or is to be evaluated and has no annotations.
         """
         objects = row["objects"]
         if objects is None and not self.training:
             raise UserError(
                 f"{_name(row)} of split {self.config.eval_split!r} has no annotations: it cannot be evaluated"
             )
+        if self.training:
+            check_boxes(row, self.config.max_boxes)
         labelled = objects is not None
         objects = objects if labelled else {"bbox": [], "category": [], "iscrowd": []}
-        image = decode(row)
+        image = original = decode(row)
         height, width = image.shape[-2:]
         categories = torch.tensor(objects["category"], dtype=torch.int64)
         if self.label_map is not None:
@@ -139,7 +182,8 @@ class RowTransform:
         boxes = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(height, width))
         boxes = F.clamp_bounding_boxes(boxes, clamping_mode="hard")
         if self.training:
-            with seeded(self.seed, self.epoch, row["image_id"]):
+            epoch = self.epoch if self.predictions is None else self.predictions.draw_epoch(self.epoch)
+            with seeded(self.seed, epoch, row["image_id"]):
                 geometry = draw_geometry(self.config, height, width)
         else:
             geometry = Geometry(False, (0, 0, height, width), evaluation_size(self.config, height, width))
@@ -163,8 +207,10 @@ class RowTransform:
             area = torch.tensor(objects["area"], dtype=torch.float64)
             labels["ground_truth"] = torch.cat([raw, torch.stack([area, crowd.double(), categories.double()], 1)], 1)
         sample = {"pixel_values": F.resize(image, geometry.size, antialias=True), "labels": labels}
-        if self.teacher is not None:
-            sample["teacher_pixel_values"] = F.resize(image, evaluation_size(self.teacher, h, w), antialias=True)
+        if self.shows_teacher:
+            sample["teacher_pixel_values"] = teacher_pixels(original, geometry, self.config)
+        if self.training and self.predictions is not None:
+            sample["teacher"] = self.predictions.read(row["image_id"], self.epoch, geometry, (height, width))
         return sample
 
 
@@ -172,28 +218,57 @@ def decode(row: dict[str, Any]) -> Tensor:
     """The pixels of a row, uint8 (3, height, width) in RGB, EXIF orientation not applied: COCO's boxes ignore it.
 
     Raises:
-        UserError: the file is missing, is no image, has more than 8 bits a channel, or has another size than its
-            annotation says.
+        BadRow: the file is missing, is no image, is too large, has more than 8 bits a channel, or has another size
+            than its annotation says.
+        UserError: the file cannot be read for another reason.
     """
     image, name = row["image"], _name(row)
     try:
-        with Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as file:
+        data = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+        with Image.open(io.BytesIO(data)) as file:
             if file.mode.startswith(DEEP_MODES):
-                raise UserError(f"{name} has more than 8 bits a channel (mode {file.mode}): convert it to 8 bits")
-            pixels = F.pil_to_tensor(file.convert("RGB"))
+                why = f"{name} has more than 8 bits a channel (mode {file.mode}): convert it to 8 bits"
+                raise BadRow("deep image", why)
+            pixels = _jpeg(data) if file.format == "JPEG" and file.mode == "RGB" else None
+            if pixels is None:
+                pixels = F.pil_to_tensor(file.convert("RGB"))
     except FileNotFoundError:
-        raise UserError(f"{name} is missing: put the file there or take the image out of the annotations") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{name} cannot be decoded: {error}") from error
+        why = f"{name} is missing: put the file there or take the image out of the annotations"
+        raise BadRow("missing image", why) from None
+    except (UserError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadRow("large image", f"{name} is too large: {error}") from error
+    except UnidentifiedImageError as error:
+        raise BadRow("broken image", f"{name} cannot be decoded: it is no image of a known format") from error
+    except Exception as error:  # decoders of broken data raise whatever comes
+        reason = getattr(error, "strerror", None) or error
+        if getattr(error, "errno", None) not in (None, *FAULTS_OF_NAMES):
+            raise UserError(f"{name} cannot be read: {reason}") from error
+        raise BadRow("broken image", f"{name} cannot be decoded: {reason}") from error
     stated = (row["height"], row["width"])
     if None not in stated and tuple(pixels.shape[-2:]) != stated:
-        raise UserError(
+        raise BadRow(
+            "other size",
             f"{name} is {pixels.shape[-1]}x{pixels.shape[-2]} pixels but its annotation says {stated[1]}x{stated[0]}: "
-            "correct the annotation (its boxes may belong to another size or orientation)"
+            "correct the annotation (its boxes may belong to another size or orientation)",
         )
     return pixels
+
+
+def _jpeg(data: bytes) -> Tensor | None:
+    """Pixels (3, height, width) of a JPEG in colour, the same as PIL's and sooner; None where PIL must say why not."""
+    try:
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    except RuntimeError:
+        return None
+
+
+def check_boxes(row: dict[str, Any], most: int | None) -> None:
+    """Raises BadRow if the image of a row has more boxes than `most`, if that is given."""
+    count = 0 if row["objects"] is None else len(row["objects"]["bbox"])
+    if most is not None and count > most:
+        raise BadRow("many boxes", f"{_name(row)} has {count:,} boxes, more than data.max_boxes={most}")
 
 
 def _name(row: dict[str, Any]) -> str:

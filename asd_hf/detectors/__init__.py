@@ -6,6 +6,7 @@ from ..registry import resolve
 from .base import DetectorAdapter
 
 ADAPTERS = {  # Transformers' config.model_type -> adapter
+    "adamixer": "asd_hf.detectors.adamixer:AdaMixerAdapter",
     "conditional_detr": "asd_hf.detectors.conditional_detr:ConditionalDetrAdapter",
     "d_fine": "asd_hf.detectors.d_fine:DFineAdapter",
     "dab-detr": "asd_hf.detectors.dab_detr:DabDetrAdapter",

@@ -46,7 +46,7 @@ class DetectorOutput:
 
     logits: Tensor  # (L, B, Q, C); softmax heads have C + 1 columns, the last one "no object"
     boxes: Tensor  # (L, B, Q, 4)
-    queries: Tensor  # (L, B, Q, D), the decoder's hidden states
+    queries: Tensor | None  # (L, B, Q, D), the decoder's hidden states; None of a cached teacher that kept none
     features: list[Tensor] = field(default_factory=list)  # one (B, D, H, W) a level, finest first
     decode: Callable[[Tensor, Tensor, Tensor], DetectorOutput] | None = None  # asks the encoded images other questions
     proposals: tuple[Tensor, Tensor] | None = None  # two-stage: (B, S, C) logits and (B, S, 4) boxes of the encoder

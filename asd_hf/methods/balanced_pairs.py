@@ -134,6 +134,10 @@ class BalancedPairs(DistillationMethod):
     def requires(self) -> frozenset[str]:
         return frozenset({"decode"} if self.config.asked_weight else ())
 
+    @property
+    def teacher_reads(self) -> frozenset[str]:
+        return frozenset({"logits", "boxes"} | ({"question"} if self.config.asked_weight else set()))
+
     def compare(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
         config, layers = self.config, align_layers(student, teacher, self.config.layers)
         theirs = take_layers(teacher, [layer for _, layer in layers])

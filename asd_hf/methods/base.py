@@ -17,8 +17,8 @@ def option(default, text: str, choices: tuple[str, ...] | None = None):
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
-def _name(part: MethodConfig | DistillationMethod) -> str:
-    """Of the method: its file's."""
+def name_of(part: MethodConfig | DistillationMethod) -> str:
+    """The name of a method: its file's."""
     return type(part).__module__.rpartition(".")[2]
 
 
@@ -41,7 +41,7 @@ class MethodConfig:
         terms = [name.removesuffix("_weight") for name in self.__dataclass_fields__ if name.endswith("_weight")]
         weights = [weight for weight in map(self.term_weight, terms) if isinstance(weight, float | int)]
         if weights and not any(weights):
-            raise UserError(f"all weights of {_name(self)} are 0: give one a value, or set method.name=none")
+            raise UserError(f"all weights of {name_of(self)} are 0: give one a value, or set method.name=none")
 
     def term_weight(self, term: str) -> float | None:
         """Weight of the loss `<method>_<term>`: the knob `<term>_weight`; None if there is none.
@@ -71,6 +71,10 @@ class DistillationMethod(nn.Module):
         teacher_requires: capabilities that the teacher must have beyond those.
         self_taught: the teacher must be the student's own moving average (`model.teacher: ema`).
         paper: title, id and BibTeX of the source, for the model card; empty for a control.
+
+    Attributes:
+        teacher_layers: how many of the teacher's last decoder layers `compare` reads. Those that the knob `layers`
+            aligns with; all for a method without that knob, unless its `__init__` says otherwise.
     """
 
     config_class: type[MethodConfig]
@@ -83,6 +87,8 @@ class DistillationMethod(nn.Module):
         super().__init__()
         self.config = config
         self.class_names = student.class_names
+        layers = getattr(config, "layers", teacher.num_layers)
+        self.teacher_layers = min(student.num_layers if layers is None else layers, teacher.num_layers)
         self.step = 0  # optimizer steps done so far, set by the trainer; schedules and random draws read it
         self.statistics: dict[str, Tensor] = {}  # detached scalars of the last call: logged, never optimised
         needed = self.requires
@@ -92,8 +98,20 @@ class DistillationMethod(nn.Module):
         ):
             if missing := capabilities - spec.capabilities:
                 raise UserError(
-                    f"{_name(self)} needs {', '.join(sorted(missing))} of the {role}, which {spec.family} cannot give"
+                    f"{name_of(self)} needs {', '.join(sorted(missing))} of the {role}, which {spec.family} cannot "
+                    "give"
                 )
+
+    @property
+    def teacher_reads(self) -> frozenset[str]:
+        """What `compare` reads of the teacher's output: it can be trained by predictions on disk that hold this.
+
+        "logits", "boxes", "queries", "sides" (with their frames) and "question" (`decode.own`) can be held;
+        "features", "attention" and "decode" (answers to questions that the method asks itself) cannot. By default the
+        predictions and all that `requires` says, which may be more than is read: "decode" may be required of the
+        student alone.
+        """
+        return frozenset({"logits", "boxes"}) | self.requires | self.teacher_requires
 
     @property
     def settled_at(self) -> int:
@@ -133,7 +151,8 @@ def align_layers(student: DetectorOutput, teacher: DetectorOutput, count: int | 
 def take_layers(output: DetectorOutput, layers: Sequence[int]) -> DetectorOutput:
     """`output` with the predictions and states of these decoder layers alone."""
     logits, boxes, queries = (
-        torch.stack([x[layer] for layer in layers]) for x in (output.logits, output.boxes, output.queries)
+        None if x is None else torch.stack([x[layer] for layer in layers])
+        for x in (output.logits, output.boxes, output.queries)
     )
     return replace(output, logits=logits, boxes=boxes, queries=queries)
 

@@ -42,6 +42,14 @@ class CombinedMethod(nn.Module):
         return frozenset().union(*(method.teacher_requires for method in self.methods))
 
     @property
+    def teacher_reads(self) -> frozenset[str]:
+        return frozenset().union(*(method.teacher_reads for method in self.methods))
+
+    @property
+    def teacher_layers(self) -> int:
+        return max(method.teacher_layers for method in self.methods)
+
+    @property
     def self_taught(self) -> bool:
         return any(method.self_taught for method in self.methods)
 

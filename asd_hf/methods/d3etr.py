@@ -121,6 +121,11 @@ class D3ETR(DistillationMethod):
         needs = {"decode": fixed, "attention": ATTENTION.keys() & (fixed | adaptive).keys()}
         return frozenset(name for name, needed in needs.items() if needed)
 
+    @property
+    def teacher_reads(self) -> frozenset[str]:
+        asked = {"question"} if "decode" in self.requires else set()
+        return frozenset({"logits", "boxes"} | asked | (self.requires - {"decode"}))
+
     def compare(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
         config, losses = self.config, {}
         layers = [theirs for _, theirs in align_layers(student, teacher, config.layers)]

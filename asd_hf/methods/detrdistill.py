@@ -171,6 +171,16 @@ class DETRDistill(DistillationMethod):
         needs = {"features": self.config.feature_weight or self.config.contrasts, "decode": self.config.assigns}
         return frozenset(name for name, needed in needs.items() if needed)
 
+    @property
+    def teacher_reads(self) -> frozenset[str]:
+        config = self.config
+        needs = {
+            "queries": config.feature_weight or config.contrasts,
+            "features": config.feature_weight,
+            "question": config.assigns,
+        }
+        return frozenset({"logits", "boxes"} | {name for name, needed in needs.items() if needed})
+
     def compare(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
         config, layers = self.config, align_layers(student, teacher, self.config.layers)
         ours = take_layers(student, [layer for layer, _ in layers])

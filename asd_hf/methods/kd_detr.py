@@ -120,6 +120,11 @@ class KDDETR(DistillationMethod):
             )
         self.translate = Translator(student, teacher)
 
+    @property
+    def teacher_reads(self) -> frozenset[str]:
+        needs = {"decode": self.config.asks_general, "question": True}
+        return frozenset({"logits", "boxes"} | {name for name, needed in needs.items() if needed})
+
     def compare(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
         groups: dict[str, tuple[Question, DetectorOutput]] = {}
         if self.config.asks_general:

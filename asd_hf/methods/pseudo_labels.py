@@ -77,6 +77,7 @@ class PseudoLabels(DistillationMethod):
 
     def __init__(self, config: PseudoLabelsConfig, student: DetectorSpec, teacher: DetectorSpec) -> None:
         super().__init__(config, student, teacher)
+        self.teacher_layers = 1
         self.softmax = student.activation == "softmax"
         self.criterion = DetectionCriterion(
             student.activation,

@@ -1,0 +1,35 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes beside and renames, so that a file that exists is whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f"{file.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(file)
+
+
+def checksum(file: Path) -> str | None:
+    """The sha256 of a file, None if it is not there."""
+    if not file.is_file():
+        return None
+    sha256 = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            sha256.update(block)
+    return sha256.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Returns when a file, or the list of names of a folder, is on the disk and outlives a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

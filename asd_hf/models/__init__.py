@@ -1,0 +1,16 @@
+"""Models that Transformers does not have, laid out as it lays out its own.
+
+Importing this package makes them known to the Auto classes. `import asd_hf` alone does not: it would load PyTorch and
+Transformers with it. Whatever loads or builds a detector here imports this package.
+"""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
+
+from .adamixer import AdaMixerConfig, AdaMixerForObjectDetection, AdaMixerImageProcessor, AdaMixerModel
+
+AutoConfig.register(AdaMixerConfig.model_type, AdaMixerConfig)
+AutoModel.register(AdaMixerConfig, AdaMixerModel)
+AutoModelForObjectDetection.register(AdaMixerConfig, AdaMixerForObjectDetection)
+AutoImageProcessor.register(AdaMixerConfig, image_processor_classes={"torchvision": AdaMixerImageProcessor})
+
+__all__ = ["AdaMixerConfig", "AdaMixerForObjectDetection", "AdaMixerImageProcessor", "AdaMixerModel"]
