@@ -20,6 +20,7 @@ from .classes import short_list
 from .data import resize_spec, teacher_view
 from .detectors.base import DetectorAdapter, DetectorSpec
 from .errors import UserError
+from .fast_criterion import LOSSES
 from .trainer import DistillationTrainer, make_criterion
 
 logger = logging.getLogger(__name__)
@@ -103,8 +104,8 @@ def _student(parts: Parts) -> tuple[str, ...]:
 
 def _loss(parts: Parts) -> tuple[str, ...]:
     make_criterion(parts.student, parts.run.training)
-    fast = parts.run.training.fast_criterion
-    kind = "asd_hf's loss, equal to Transformers'," if fast else "Transformers' own loss"
+    stock = not parts.run.training.fast_criterion and parts.student.spec.family in LOSSES
+    kind = "Transformers' own loss" if stock else "asd_hf's loss, equal to Transformers',"
     return OK, f"{kind} of {parts.student.spec.family}"
 
 

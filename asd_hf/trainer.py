@@ -32,7 +32,7 @@ from .distiller import Distiller, DistillerOutput
 from .ema import EMACallback
 from .errors import UserError
 from .evaluation import STATS, evaluate_detector
-from .fast_criterion import use_fast_criterion
+from .fast_criterion import LOSSES, use_fast_criterion
 from .files import write_whole
 from .hub import public_config, write_model_card
 from .methods import CombinedMethod, DistillationMethod
@@ -688,7 +688,7 @@ def make_criterion(
     """
     if not student.own_loss:
         weight = student.class_loss_weight if args.class_loss_weight is None else args.class_loss_weight
-        if not args.fast_criterion:
+        if not args.fast_criterion and student.spec.family in LOSSES:  # AdaMixer's own loss is asd_hf's
             return TransformersCriterion(student.model, weight)
         return DetectionCriterion.from_config(student.model.config, student.spec.activation, weight)
     if args.class_loss_weight is not None:
