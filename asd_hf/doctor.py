@@ -20,7 +20,6 @@ from .classes import short_list
 from .data import resize_spec, teacher_view
 from .detectors.base import DetectorAdapter, DetectorSpec
 from .errors import UserError
-from .fast_criterion import LOSSES
 from .trainer import DistillationTrainer, make_criterion
 
 logger = logging.getLogger(__name__)
@@ -104,8 +103,8 @@ def _student(parts: Parts) -> tuple[str, ...]:
 
 def _loss(parts: Parts) -> tuple[str, ...]:
     make_criterion(parts.student, parts.run.training)
-    stock = not parts.run.training.fast_criterion and parts.student.spec.family in LOSSES
-    kind = "Transformers' own loss" if stock else "asd_hf's loss, equal to Transformers',"
+    fast = parts.run.training.fast_criterion
+    kind = "asd_hf's loss, equal to Transformers'," if fast else "Transformers' own loss"
     return OK, f"{kind} of {parts.student.spec.family}"
 
 

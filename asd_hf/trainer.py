@@ -684,11 +684,14 @@ def make_criterion(
     `loss_function`; this is asd_hf's from now on, or Transformers' own with `args.fast_criterion` off.
 
     Raises:
-        UserError: `args.class_loss_weight` is given, which the losses of some families do not know.
+        UserError: `args.class_loss_weight` is given, which the losses of some families do not know; or
+            `args.fast_criterion` is off and Transformers has no loss of this family.
     """
+    if not args.fast_criterion and student.spec.family not in LOSSES:
+        raise UserError(f"training.fast_criterion: Transformers has no loss for {student.spec.family}: remove it")
     if not student.own_loss:
         weight = student.class_loss_weight if args.class_loss_weight is None else args.class_loss_weight
-        if not args.fast_criterion and student.spec.family in LOSSES:  # AdaMixer's own loss is asd_hf's
+        if not args.fast_criterion:
             return TransformersCriterion(student.model, weight)
         return DetectionCriterion.from_config(student.model.config, student.spec.activation, weight)
     if args.class_loss_weight is not None:

@@ -120,8 +120,11 @@ def test_a_killed_comparison_goes_on_to_the_same_record(base, compared, tmp_path
     log = (folder / "log.txt").read_text()
     ours, theirs = (json.loads((x / "tiny" / "asd_0.json").read_text()) for x in (output, compared))
     assert ours["metrics"] == theirs["metrics"] and ours["bootstrap"] == theirs["bootstrap"]
-    losses = [[{k: v for k, v in p.items() if k != "seconds"} for p in x["curves"]["train"]] for x in (ours, theirs)]
-    assert losses[0] == losses[1]
+    logs = [
+        [{k: v for k, v in p.items() if k != "seconds" and not k.endswith("_runtime")} for p in x["curves"]["train"]]
+        for x in (ours, theirs)
+    ]
+    assert logs[0] == logs[1]
     before = (output / "tiny" / "asd_0.json").stat().st_mtime_ns, log
     assert run("compare", [*arguments, str(work)]) == 0  # nothing is left to do
     assert ((output / "tiny" / "asd_0.json").stat().st_mtime_ns, (folder / "log.txt").read_text()) == before
@@ -131,6 +134,12 @@ def test_a_record_of_another_configuration_is_not_taken_for_ones_own(base, compa
     work = tmp_path / "work"
     variants = {"asd": {"method": {"name": "asd"}}}
     assert open_plans(make_plans(base, variants, [0, 1]), compared, work) == make_plans(base, variants, [1])
+    older = tmp_path / "older" / "tiny" / "asd_0.json"  # of a time before there was this option
+    record = json.loads((compared / "tiny" / "asd_0.json").read_text())
+    del record["config"]["model"]["teacher_cache"]
+    older.parent.mkdir(parents=True)
+    older.write_text(json.dumps(record))
+    assert open_plans(make_plans(base, variants, [0, 1]), tmp_path / "older", work) == make_plans(base, variants, [1])
     hotter = {"asd": {"method": {"name": "asd", "temperature": 8.0}}}
     with pytest.raises(UserError, match=r"asd_0.json was made with method.temperature 4.0, not 8.0: take another"):
         open_plans(make_plans(base, hotter, [0]), compared, work)

@@ -51,7 +51,6 @@ CASES = {  # training mode, boxes of the images, configuration
     "no denoising, sparse": (True, (3, 0, 5, 1), {"num_denoising": 0, "use_dense_one_to_one": False}),
 }
 ALL = {"train", "eval", "no boxes"}  # of every family; the other cases of one that each loss function knows
-TRANSFORMERS = [family for family in STUDENTS if family != "adamixer"]  # whose loss is asd_hf's anyway
 REPRESENTATIVES = ("detr", "deformable_detr", "rt_detr", "d_fine", "deimv2", "lw_detr")
 
 
@@ -101,7 +100,8 @@ def judged(loss_function, args, kwargs):
     return loss, terms, dict(zip(leaves, gradients, strict=True)), earlier
 
 
-PAIRS = [(f, c) for f in TRANSFORMERS for c in CASES if c in ALL or f in REPRESENTATIVES]
+STOCK = [name for name in STUDENTS if name != "adamixer"]  # whose loss is in Transformers
+PAIRS = [(f, c) for f in STOCK for c in CASES if c in ALL or f in REPRESENTATIVES]
 
 
 @pytest.mark.parametrize(("family", "case"), PAIRS)
@@ -126,7 +126,7 @@ def test_terms_and_gradients_equal_transformers(family, case):
         assert all(torch.equal(mine[key], reference[key]) for key in ("logits", "pred_boxes"))
 
 
-@pytest.mark.parametrize("family", TRANSFORMERS)
+@pytest.mark.parametrize("family", STOCK)
 def test_a_plain_model_trains_as_before(family):
     """Loss and gradients of all parameters, of the model as Transformers calls it."""
     results = []
@@ -213,7 +213,7 @@ def test_importing_the_package_imports_no_torch():
     assert "AttributeError: module 'asd_hf' has no attribute 'nothing'" in done.stderr
 
 
-@pytest.mark.parametrize("family", ["conditional_detr", "detr", "yolos", "adamixer", "rt_detr", "deimv2", "rf_detr"])
+@pytest.mark.parametrize("family", ["conditional_detr", "detr", "yolos", "rt_detr", "deimv2", "rf_detr"])
 def test_the_trainer_takes_either_loss(family, tmp_path):
     """With an image that takes no part, and one without objects."""
     batch, results = tiny.batch(4, sizes=((96, 96),), boxes=(3, 0, 5, 0)), []
@@ -223,8 +223,7 @@ def test_the_trainer_takes_either_loss(family, tmp_path):
         student = get_adapter(detector(family), FAMILIES[family]()[1])
         args = TrainingConfig(str(tmp_path), use_cpu=True, fast_criterion=fast, report_to=[])
         criterion = make_criterion(student, args)
-        stock = not fast and not student.own_loss and family != "adamixer"
-        assert isinstance(criterion, TransformersCriterion) == stock
+        assert isinstance(criterion, TransformersCriterion) == (not fast and not student.own_loss)
         torch.manual_seed(0)
         output = Distiller(student, criterion).eval()(**batch)
         output.loss.backward()
@@ -239,6 +238,13 @@ def test_the_trainer_takes_either_loss(family, tmp_path):
         gradient = torch.zeros(()) if gradients[name] is None else gradients[name]
         reference = torch.zeros_like(gradient) if reference is None else reference
         torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=1e-4 * largest, msg=name)
+
+
+def test_a_family_of_our_own_has_no_other_loss(tmp_path):
+    student = get_adapter(detector("adamixer"), FAMILIES["adamixer"]()[1])
+    args = TrainingConfig(str(tmp_path), use_cpu=True, fast_criterion=False, report_to=[])
+    with pytest.raises(UserError, match="Transformers has no loss for adamixer"):
+        make_criterion(student, args)
 
 
 def test_without_labelled_images_transformers_loss_is_zero():

@@ -45,9 +45,9 @@ def open_plans(plans: Sequence[Plan], output: Path, work: Path) -> list[Plan]:
 
 
 def _described(record: dict) -> dict:
-    """What `Plan.described` says, of the run of a record."""
-    training = {key: value for key, value in record["config"]["training"].items() if key != "seed"}
-    return record["config"] | {"training": training, "compare": {"minutes": record["minutes"]}}
+    """What `Plan.described` says, of the run of a record; options that are younger than it have their defaults."""
+    plan = Plan(record["setting"], record["method"], record["seed"], record["minutes"], record["config"])
+    return plan.described()
 
 
 def _difference(old: dict, new: dict) -> str | None:
