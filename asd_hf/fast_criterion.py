@@ -31,7 +31,8 @@ def use_fast_criterion(model: PreTrainedModel) -> PreTrainedModel:
     `Trainer`, for every family in `LOSSES`. It differs from Transformers' where that depends on how many processes
     train: the number of boxes is the mean over all of them. (Transformers divides by the number of processes twice, or
     counts each one's own boxes.) In eval mode, LW-DETR and RF-DETR match the one group of queries that they show.
-    Degenerate boxes are no error. The setting is not saved with the model.
+    Degenerate boxes are no error. The setting is not saved with the model. AdaMixer has no other loss and stays as it
+    is.
 
     Args:
         model: a `...ForObjectDetection`, before it is wrapped (DistributedDataParallel, ...).
@@ -45,6 +46,8 @@ def use_fast_criterion(model: PreTrainedModel) -> PreTrainedModel:
     family = getattr(getattr(model, "config", None), "model_type", None)
     if family is None:
         raise UserError(f"use_fast_criterion takes a Transformers detector itself, not a {type(model).__name__}")
+    if getattr(getattr(model, "loss_function", None), "__module__", "").startswith(f"{__package__}."):
+        return model
     if family not in LOSSES:
         raise UserError(f"use_fast_criterion: no loss for {family!r}: {nearest(family, LOSSES)}")
     if not isinstance(model, MODEL_FOR_OBJECT_DETECTION_MAPPING[type(model.config)]):

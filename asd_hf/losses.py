@@ -50,38 +50,47 @@ def box_losses(
     return sums, iou.detach()
 
 
+@dataclass
+class Begun:
+    """What is known of a class loss before the matching is."""
+
+    logits: Tensor  # (L, B, Q, C)
+    sums: Tensor | None  # (L, B) of the losses, as if no query had an object
+    gradients: Tensor  # of these losses at the logits; of a cross entropy, logarithms of the shares of the classes
+
+
 class CrossEntropy:
-    """Of softmax heads, whose last column is "no object", which weighs `no_object_weight`."""
+    """Of softmax heads, whose last column is "no object", which weighs `no_object_weight`.
+
+    As in `SigmoidLoss` the gradient is written down.
+    """
 
     name = "loss_ce"
 
     def __init__(self, no_object_weight: float) -> None:
         self.no_object_weight = no_object_weight
 
-    def begin(self, logits: Tensor) -> Tensor:
-        return logits
+    @torch.no_grad()
+    def begin(self, logits: Tensor) -> Begun:
+        return Begun(logits, None, logits.log_softmax(-1))
 
     def finish(
-        self, logits: Tensor, query: Tensor, classes: Tensor, iou: Tensor, labelled: Tensor | None
+        self, begun: Begun, query: Tensor, classes: Tensor, iou: Tensor, labelled: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Weighted sums (L,) over the queries of logits (L, B, Q, C + 1), and a layer's weight, to divide them by."""
+        """Weighted sums (L,) over the queries, and the weight of a layer, by which they are divided; all layers have
+        the same. Arguments as in `SigmoidLoss.finish`."""
+        logits, gradients = begun.logits, begun.gradients
         no_object = logits.shape[-1] - 1
-        wanted = torch.full(logits.shape[:3], no_object, device=logits.device)
-        wanted.view(-1)[query] = classes
-        weight = torch.ones_like(logits[..., 0]).masked_fill(wanted == no_object, self.no_object_weight)
-        if labelled is not None:
-            weight = weight * labelled
-        loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), reduction="none").view_as(weight)
-        return (weight * loss).sum((1, 2)), weight[-1].sum()
-
-
-@dataclass
-class Begun:
-    """What is known of a class loss before the matching is: as if no query had an object."""
-
-    logits: Tensor
-    sums: Tensor  # (L, B) of the losses
-    gradients: Tensor  # of the losses at the logits
+        with torch.no_grad():
+            wanted = torch.full(logits.shape[:3], no_object, device=logits.device)
+            wanted.view(-1)[query] = classes
+            weight = torch.ones_like(logits[..., 0]).masked_fill(wanted == no_object, self.no_object_weight)
+            if labelled is not None:
+                weight = weight * labelled
+            wanted, weight = wanted[..., None], weight[..., None]
+            sums = -(gradients.gather(-1, wanted) * weight).sum((1, 2, 3))
+            gradients.exp_().scatter_add_(-1, wanted, -torch.ones_like(weight)).mul_(weight)
+        return _Known.apply(logits, sums, gradients), weight[-1].sum()
 
 
 class SigmoidLoss:
