@@ -13,7 +13,7 @@ COMMANDS = {
     "evaluate": "COCO numbers of a model on a data set",
     "doctor": "say before training what fits, what is adapted and what is refused",
     "compare": "train several methods with several seeds and say which is better",
-    "benchmark": "measure what a training step costs under each method",
+    "benchmark": "measure steps of training, the reading of images and COCO evaluation beside their references",
     "shard": "turn a data set into balanced Parquet shards in the Hub's layout",
     "make-shapes": "write the generated data set as a COCO folder",
 }
