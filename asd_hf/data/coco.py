@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -19,7 +20,7 @@ from .rows import MAX_SHARDS, Source, cut_evenly, read_rows, stream_of
 
 logger = logging.getLogger(__name__)
 
-INDEX_VERSION = 1  # of the index on disk
+INDEX_VERSION = 2  # of the index on disk
 FEATURES = Features(
     {
         "image_id": Value("int64"),
@@ -92,7 +93,7 @@ def open_coco(root: Path, split: str, labelled: bool = True) -> Source:
         class_names=about["class_names"],
         category_ids=about["category_ids"],
         shard_lengths=cut_evenly(len(rows), num_shards),
-        fingerprint=key,
+        fingerprint=digest(about["sha256"], labelled),  # wherever the folder lies
     )
 
 
@@ -110,7 +111,8 @@ def _image_folder(root: Path, split: str, file_name: str) -> Path:
 def _build_index(file: Path, folder: Path, labelled: bool) -> None:
     """Checks the annotation file and writes `rows` (a data set of `FEATURES`) and `about.json` into `folder`."""
     try:
-        contents = json.loads(file.read_bytes())
+        data = file.read_bytes()
+        contents = json.loads(data)
         images = contents["images"]
         annotations, categories = (contents[key] if labelled else [] for key in ("annotations", "categories"))
     except (ValueError, KeyError, TypeError) as error:
@@ -137,6 +139,7 @@ def _build_index(file: Path, folder: Path, labelled: bool) -> None:
     columns = {name: [row[name] for row in rows.values()] for name in FEATURES}
     datasets.Dataset.from_dict(columns, features=FEATURES).save_to_disk(str(folder / "rows"))
     about = {"class_names": names, "category_ids": ids, "boxes_without_area": without_area}
+    about["sha256"] = hashlib.sha256(data).hexdigest()
     (folder / "about.json").write_text(json.dumps(about))
 
 
