@@ -46,6 +46,7 @@ METHOD_WEIGHTS = "_method.safetensors"  # the underscore keeps it off the Hub: T
 RUN_CONFIG = "asd_hf.yaml"
 EMA_FOLDER = "ema"
 KEPT_BAD_STEPS = 3  # each is as large as the student
+_TORCH_WRITER = "inline_container"  # stands in what torch.save says of a file that cannot be written
 LOG_WINDOW = "log_window_{rank}.safetensors"  # what is summed up for the next entry of the log
 
 
@@ -522,8 +523,12 @@ class DistillationTrainer(Trainer):
                 rotate(checkpoint, self.args.save_total_limit, state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
         except (OSError, SafetensorError, RuntimeError) as error:
+            if type(error) is RuntimeError and _TORCH_WRITER not in str(error):
+                raise
             clear(self._partial)
             reason = " ".join(str(error).split())[:200]
+            if isinstance(error, RuntimeError):
+                reason = f"a file ended early, is the disk full? ({reason})"
             raise UserError(f"{checkpoint} cannot be written: {reason}; whole checkpoints are as they were") from error
         finally:
             self._partial = None
@@ -601,6 +606,8 @@ class DistillationTrainer(Trainer):
     # -- what is saved: the student as a plain Transformers model, the method's weights beside it ---------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
         distiller = self.accelerator.unwrap_model(self.model)
         folder = Path(output_dir or self.args.output_dir)
         with moved_in(folder) as new:
