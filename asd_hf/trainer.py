@@ -550,7 +550,7 @@ class DistillationTrainer(Trainer):
     def _load_log_window(self, file: Path) -> None:
         if not file.is_file():  # written by fewer ranks
             return
-        window = load_file(file, device=str(self.args.device))
+        window = {name: value.to(self.args.device) for name, value in load_file(file).items()}
         self._tr_loss = window.pop("loss")
         self._total_loss_scalar = window.pop("total_loss").item()
         self._globalstep_last_logged = window.pop("last_logged").item()
@@ -636,7 +636,7 @@ class DistillationTrainer(Trainer):
                     f"{folder} holds no weights of the method ({METHOD_WEIGHTS}): was it trained by another?"
                 )
             try:
-                distiller.method.load_state_dict(load_file(folder / METHOD_WEIGHTS, device=str(self.args.device)))
+                distiller.method.load_state_dict(load_file(folder / METHOD_WEIGHTS))
             except RuntimeError as error:
                 raise UserError(
                     f"{folder} was trained with other options of the method, or another teacher's classes: "
