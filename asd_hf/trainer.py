@@ -14,14 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
+from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, IntervalStrategy, TrainOutput
 
 from . import stopping
 from .bad_steps import FOLDER as BAD_STEPS
 from .bad_steps import Step, StepGuard, guard_loss, write_batches
-from .checkpoints import PARTIAL, clear, complete, moved_in, newest_checkpoint, publish, read_manifest, rotate, writing
+from .checkpoints import PARTIAL, clear, complete, moved_in, newest_checkpoint, publish, read_manifest, rotate
 from .classes import SharedClasses
 from .config import TrainingConfig
 from .criterion import DetectionCriterion, TransformersCriterion
@@ -49,6 +49,7 @@ METHOD_WEIGHTS = "_method.safetensors"  # the underscore keeps it off the Hub: T
 RUN_CONFIG = "asd_hf.yaml"
 EMA_FOLDER = "ema"
 KEPT_BAD_STEPS = 3  # each is as large as the student
+_TORCH_WRITER = "inline_container"  # stands in what torch.save says of a file that cannot be written
 LOG_WINDOW = "log_window_{rank}.safetensors"  # what is summed up for the next entry of the log
 
 
@@ -169,6 +170,8 @@ class DistillationTrainer(Trainer):
             raise UserError("the length of this data source is not known: set training.max_steps")
         source = self.train_dataset.source
         self._vote = Vote(self.args.world_size)
+        self._due, self.bad_steps = {"evaluate": False, "save": False}, 0
+        self._last_step = {"grad_norm": 0.0, "learning_rate": 0.0}
         self._guard = self._left = self._random_state = self._closed_step = self._saved_step = None
         if resume_from_checkpoint:
             resume_from_checkpoint = str(resume_from_checkpoint)
@@ -177,8 +180,13 @@ class DistillationTrainer(Trainer):
             require_same(Path(resume_from_checkpoint).parent, source.faults)
         if self.is_world_process_zero():
             write_left_out(Path(self.args.output_dir), source.faults)
-        with stopping.deferred():
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        try:
+            with stopping.deferred():
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                    callback.training_bar.close()  # what is said of the end stands on a line of its own
         if text := summary(source):
             logger.info("training data: %s", text)
         return output
@@ -481,15 +489,14 @@ class DistillationTrainer(Trainer):
 
     # -- checkpoints, and how they are taken up again -----------------------------------------------------------------
 
-    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, learning_rate=None) -> None:
+    def _maybe_log_save_evaluate(self, *args, learning_rate=None) -> None:
         """Trainer's own, which closes each step and then each epoch; here the run stops if it was told to.
 
         Raises:
             Stopped: the step is saved, with what was still to be done at it.
         """
         control, step = self.control, self.state.global_step
-        arguments = (tr_loss, grad_norm, *args)
-        self._of_last_step = {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        self._last_step = {"grad_norm": args[1], "learning_rate": learning_rate}
         self._at_epoch_end, self._closed_step = self._closed_step == step, step
         self._due = {"evaluate": control.should_evaluate, "save": control.should_save}
         # What an epoch's end brings need not be saved where the step is: it is done when that is taken up.
@@ -498,7 +505,7 @@ class DistillationTrainer(Trainer):
         elif control.should_evaluate and self.args.world_size == 1:
             try:
                 random_state = RandomState.now()
-                super()._maybe_log_save_evaluate(*arguments, learning_rate=learning_rate)
+                super()._maybe_log_save_evaluate(*args, learning_rate=learning_rate)
             except stopping.Stopped:
                 random_state.restore()
                 if self._saved_step != step:
@@ -507,7 +514,7 @@ class DistillationTrainer(Trainer):
             return
         else:
             self._due = dict.fromkeys(self._due, False)
-        super()._maybe_log_save_evaluate(*arguments, learning_rate=learning_rate)
+        super()._maybe_log_save_evaluate(*args, learning_rate=learning_rate)
         if stop:
             raise stopping.stop()
 
@@ -546,8 +553,13 @@ class DistillationTrainer(Trainer):
                 rotate(checkpoint, self.args.save_total_limit, state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
         except (OSError, SafetensorError, RuntimeError) as error:
+            if type(error) is RuntimeError and _TORCH_WRITER not in str(error):
+                raise
             clear(self._partial)
-            raise UserError(f"{checkpoint} could not be written: {' '.join(str(error).split())[:200]}") from error
+            reason = " ".join(str(error).split())[:200]
+            if isinstance(error, RuntimeError):
+                reason = f"a file ended early, is the disk full? ({reason})"
+            raise UserError(f"{checkpoint} cannot be written: {reason}; whole checkpoints are as they were") from error
         finally:
             self._partial = None
         self._saved_step = state.global_step
@@ -562,18 +574,18 @@ class DistillationTrainer(Trainer):
             "total_loss": torch.tensor(self._total_loss_scalar, dtype=torch.float64),
             "last_logged": torch.tensor(self._globalstep_last_logged),
             "bad_steps": torch.tensor(self.bad_steps),
-            **{name: torch.as_tensor(value, dtype=torch.float64) for name, value in self._of_last_step.items()},
+            **{name: torch.as_tensor(value, dtype=torch.float64) for name, value in self._last_step.items()},
         }
 
     def _load_log_window(self, file: Path) -> None:
         if not file.is_file():  # written by fewer ranks
             return
-        window = load_file(file, device=str(self.args.device))
+        window = {name: value.to(self.args.device) for name, value in load_file(file).items()}
         self._tr_loss = window.pop("loss")
         self._total_loss_scalar = window.pop("total_loss").item()
         self._globalstep_last_logged = window.pop("last_logged").item()
         self.bad_steps = window.pop("bad_steps").item()
-        self._of_last_step = {name: window.pop(name).item() for name in ("grad_norm", "learning_rate")}
+        self._last_step = {name: window.pop(name).item() for name in self._last_step}
         for name, values in window.items():
             self._scalars[name.removeprefix("scalars/")] = list(values.unbind())
 
@@ -591,7 +603,7 @@ class DistillationTrainer(Trainer):
         left, step = self._left, self.state.global_step
         self._load_rng_state(checkpoint)
         self._load_log_window(Path(checkpoint) / LOG_WINDOW.format(rank=self.args.process_index))
-        last = self._of_last_step
+        last = self._last_step
         arguments = (self._tr_loss, last["grad_norm"], model, trial, epoch, ignore_keys_for_eval, start_time)
         self._saved_step, self._closed_step = step, step if left["epoch_ended"] else None
         if left["evaluate"]:
@@ -624,9 +636,11 @@ class DistillationTrainer(Trainer):
     # -- what is saved: the student as a plain Transformers model, the method's weights beside it ---------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
         distiller = self.accelerator.unwrap_model(self.model)
         folder = Path(output_dir or self.args.output_dir)
-        with writing(folder), moved_in(folder) as new:
+        with moved_in(folder) as new:
             self._write(new, distiller)
 
     def _write(self, folder: Path, distiller: Distiller) -> None:
@@ -652,7 +666,7 @@ class DistillationTrainer(Trainer):
                     f"{folder} holds no weights of the method ({METHOD_WEIGHTS}): was it trained by another?"
                 )
             try:
-                distiller.method.load_state_dict(load_file(folder / METHOD_WEIGHTS, device=str(self.args.device)))
+                distiller.method.load_state_dict(load_file(folder / METHOD_WEIGHTS))
             except RuntimeError as error:
                 raise UserError(
                     f"{folder} was trained with other options of the method, or another teacher's classes: "

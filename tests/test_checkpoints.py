@@ -270,22 +270,24 @@ def test_other_data_is_refused_and_another_order_is_said(shapes, tmp_path, unbro
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_one_line(shapes, tmp_path):  # noqa: F811
-    trainer = make_trainer(shapes, tmp_path, save_steps=2)
-    save, limits = trainer._save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+    options, limits = {"save_steps": 2, "save_strategy": "steps"}, resource.getrlimit(resource.RLIMIT_FSIZE)
+    make_trainer(shapes, tmp_path, max_steps=2, **options).train()
+    for name in ("model.safetensors", "optimizer.pt"):  # by safetensors, and by torch
+        trainer = make_trainer(shapes, tmp_path, max_steps=4, **options)
+        save, size = trainer._save_checkpoint, (tmp_path / "checkpoint-2" / name).stat().st_size
 
-    def full(model, trial):
-        if trainer.state.global_step == 4:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-        try:
-            save(model, trial)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        def full(model, trial, save=save, size=size):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, limits[1]))
+            try:
+                save(model, trial)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    trainer._save_checkpoint = full
-    with pytest.raises(UserError, match="checkpoint-4 could not be written: .*File too large") as error:
-        trainer.train()
-    assert "\n" not in str(error.value)
-    assert names(tmp_path) == ["checkpoint-2"] and not (tmp_path / PARTIAL).exists()
-    again = make_trainer(shapes, tmp_path, save_steps=2)
+        trainer._save_checkpoint = full
+        with pytest.raises(UserError, match="/checkpoint-4 cannot be written: .*; whole checkpoints are as") as error:
+            trainer.train(resume_from_checkpoint=True)
+        assert "\n" not in str(error.value) and PARTIAL not in str(error.value)
+        assert names(tmp_path) == ["checkpoint-2"] and not (tmp_path / PARTIAL).exists()
+    again = make_trainer(shapes, tmp_path, max_steps=4, **options)
     again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 6
+    assert again.state.global_step == 4 and names(tmp_path) == ["checkpoint-2", "checkpoint-4"]

@@ -266,7 +266,7 @@ def test_a_refusal_is_one_line_and_not_repeated(hub, tmp_path):
 
 
 def test_a_large_file_that_is_refused_is_one_line(hub, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # the variable is read at import
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     hub.failures += [("/objects/", 403)]
     with pytest.raises(UserError, match="Error while uploading 'model.safetensors'.*the student is in"):

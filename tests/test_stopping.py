@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,11 +13,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch.distributed as dist
 import yaml
 
 from asd_hf.checkpoints import all_checkpoints
 from asd_hf.commands import run
 from asd_hf.stopping import Stopped, advise, deferred, handled
+from asd_hf.vote import Vote
 from tests.tiny_data import tiny_rows, write_coco
 from tests.tiny_run import configuration, write_places
 
@@ -62,6 +65,24 @@ def test_a_second_signal_is_not_waited_for():
     code += "    os.kill(os.getpid(), signal.SIGTERM); print('one', flush=True); os.kill(os.getpid(), signal.SIGTERM)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == -signal.SIGTERM and done.stdout == "one\n"
+
+
+def _ask(rank, folder, answers):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    vote = Vote(2)
+    answers.put((rank, [vote(told=step == 2 and rank == 1) for step in range(5)]))
+    dist.destroy_process_group()
+
+
+def test_ranks_agree_one_step_later(tmp_path):
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    processes = [context.Process(target=_ask, args=(rank, tmp_path, answers)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    heard = dict(answers.get(timeout=60) for _ in processes)
+    assert heard[0] == heard[1] == [False, False, False, True, False]
+    assert [Vote(1)(told) for told in (False, True)] == [False, True]
 
 
 def test_shard_leaves_no_half_shard(tmp_path, monkeypatch, capsys):

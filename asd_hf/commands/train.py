@@ -66,7 +66,8 @@ def train(run: RunConfig) -> dict:
     trainer = parts.trainer()
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.watch_attention(False)  # models are timed as they will be used
-    trainer.save_model(_internal_call=True)
+    with writing(Path(args.output_dir)):
+        trainer.save_model(_internal_call=True)
     metrics = _final_metrics(trainer, parts)
     if trainer.is_world_process_zero():
         names = [name for name in ("teacher", "student", "ema") if name in metrics]

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_
 
 from .. import __version__
 from ..build import Parts
-from ..checkpoints import newest_checkpoint
+from ..checkpoints import newest_checkpoint, writing
 from ..config import build_config
 from ..errors import UserError
 from ..evaluation import STATS, TOP_K
@@ -71,7 +71,8 @@ def train_and_record(plan: Plan, folder: Path) -> dict:
     trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
     costs = _costs(trainer, clock)
     trainer.watch_attention(False)
-    trainer.save_model(_internal_call=True)
+    with writing(folder):
+        trainer.save_model(_internal_call=True)
     numbers = _numbers(trainer, parts)
     return {
         "setting": plan.setting,

@@ -121,7 +121,7 @@ def open_coco(root: Path, split: str, labelled: bool = True, keep_bad: bool = Fa
         class_names=about["class_names"],
         category_ids=about["category_ids"],
         shard_lengths=cut_evenly(len(rows), num_shards),
-        fingerprint=about["sha256"],
+        fingerprint=digest(about["sha256"], labelled),  # wherever the folder lies
         faults=faults,
         notes=about["notes"],
         files=ImageFiles(rows, images),
@@ -193,7 +193,7 @@ def _build_index(file: Path, folder: Path, labelled: bool) -> None:
         "category_ids": ids,
         "faults": [asdict(fault) for fault in faults],
         "notes": {note: count for note in NOTES if (count := counts[note])},
-        "sha256": hashlib.sha256(raw).hexdigest()[:16],
+        "sha256": hashlib.sha256(raw).hexdigest(),
     }
     (folder / "about.json").write_text(json.dumps(about))
 
