@@ -638,7 +638,7 @@ def test_any_annotation_file_is_read_or_refused(tmp_path):
     contents = write_coco(tmp_path, "train", ROWS[:3])
     file = tmp_path / "annotations/instances_train.json"
     text = json.dumps(contents).encode()
-    for number in range(300):
+    for number in range(200):
         data = torn(text, rng) if number % 3 == 0 else json.dumps(mutated(contents, rng)).encode()
         file.write_bytes(data)
 
@@ -652,7 +652,7 @@ def test_any_annotation_file_is_read_or_refused(tmp_path):
                 raise UserError(faults[0]["why"])
 
         outcomes.append(only_user_errors(read, data.decode(errors="replace")))
-    assert 10 < sum(outcomes) < 290
+    assert 10 < sum(outcomes) < 190
 
 
 def test_any_configuration_is_read_or_refused(tmp_path):

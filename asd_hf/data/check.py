@@ -156,7 +156,7 @@ class GoodReader:
             image_id = row["image_id"] if fault is None else fault.image_id
             if position not in left_out:
                 if fault is not None:
-                    raise UserError(f"{fault.why}: it was not so when the data were checked, start again")
+                    raise UserError(f"{fault.why}: it was not so before: run `asd-hf check-data` again")
                 yield row
             elif left_out[position] != image_id:
                 raise UserError(f"image {image_id} lies where a bad row was: run `asd-hf check-data` again")
