@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOu
 from .classes import SharedClasses
 from .config import TrainingConfig
 from .criterion import DetectionCriterion
-from .data import DetectionStream, build_loader, require_same, summary, write_left_out
+from .data import DetectionStream, build_loader, require_agreement, require_same, summary, write_left_out
 from .detectors import get_adapter
 from .detectors.base import DetectorAdapter, DetectorOutput
 from .distiller import Distiller, DistillerOutput
@@ -143,6 +143,7 @@ class DistillationTrainer(Trainer):
         if self.args.max_steps <= 0 and self.train_dataset.batches_per_epoch is None:
             raise UserError("the length of this data source is not known: set training.max_steps")
         source = self.train_dataset.source
+        require_agreement(source.faults)
         if resume_from_checkpoint is not None:
             require_same(Path(resume_from_checkpoint).parent, source.faults)
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))

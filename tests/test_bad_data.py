@@ -8,12 +8,15 @@ import logging
 import random
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import yaml
 from datasets import Value
 from PIL import Image
@@ -30,8 +33,8 @@ from asd_hf.data import (
     open_source,
     open_training_source,
 )
-from asd_hf.data.check import check_source, leave_out, require_whole
-from asd_hf.data.faults import NOTES, REMEDIES, box_note
+from asd_hf.data.check import check_source, leave_out, require_agreement, require_whole
+from asd_hf.data.faults import NOTES, REMEDIES, Fault, box_note
 from asd_hf.data.rows import read_rows
 from asd_hf.errors import UserError
 from tests.test_data_sources import table, write_table, write_tars
@@ -563,7 +566,9 @@ def test_a_run_says_what_it_left_out_and_resumes_with_it(tmp_path, caplog):
     assert "training data: 1 bad rows left out, see skipped_rows.jsonl" in caplog.text
 
     checkpoint = str(tmp_path / "out/checkpoint-2")
+    file.write_text(json.dumps(line | {"file": "elsewhere/000109.jpg", "why": "cannot be decoded"}))
     trainer(places, tmp_path).train(resume_from_checkpoint=checkpoint)
+    assert json.loads(file.read_text()) == line
     image.write_bytes(whole)
     with pytest.raises(UserError, match="left out 1 bad rows, now it would be 0, or others"):
         trainer(places, tmp_path).train(resume_from_checkpoint=checkpoint)
@@ -571,6 +576,27 @@ def test_a_run_says_what_it_left_out_and_resumes_with_it(tmp_path, caplog):
         trainer(places, tmp_path, bad_rows="raise").train(resume_from_checkpoint=checkpoint)
     trainer(places, tmp_path).train()
     assert not file.exists()
+
+
+def on_rank(rank: int, folder: str, answers) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    lost = Fault("missing image", 7, "a.jpg", "why")
+    require_agreement([replace(lost, file=f"node{rank}/a.jpg")])
+    for faults in ([lost] * rank, [replace(lost, image_id=rank)]):
+        try:
+            require_agreement(faults)
+        except UserError as error:
+            answers.append(str(error))
+    dist.destroy_process_group()
+
+
+def test_ranks_whose_data_differ_stop(tmp_path):
+    require_agreement([])  # alone
+    with mp.Manager() as manager:
+        answers = manager.list()
+        mp.spawn(on_rank, (str(tmp_path), answers), nprocs=2)
+        text = "the ranks leave out different bad rows ({}): their copies of the data are not the same"
+        assert sorted(answers) == sorted([text.format("0, 1"), text.format("1, 1")] * 2)
 
 
 def test_evaluation_leaves_nothing_out(places, tmp_path):
