@@ -594,8 +594,8 @@ def test_ranks_whose_data_differ_stop(tmp_path):
     require_agreement([])  # alone
     with mp.Manager() as manager:
         answers = manager.list()
-        mp.spawn(on_rank, (str(tmp_path), answers), nprocs=2)
-        text = "the ranks leave out different bad rows ({}): their copies of the data are not the same"
+        mp.start_processes(on_rank, (str(tmp_path), answers), nprocs=2, start_method="fork")
+        text = "the ranks leave out different bad rows ({}): their copies of the data are unequal"
         assert sorted(answers) == sorted([text.format("0, 1"), text.format("1, 1")] * 2)
 
 
