@@ -206,9 +206,7 @@ def require_agreement(faults: list[Fault]) -> None:
     dist.all_gather_object(answers, _keys(faults))
     if any(answer != answers[0] for answer in answers):
         counts = ", ".join(str(len(answer)) for answer in answers)
-        raise UserError(
-            f"the ranks leave out different bad rows ({counts}): their copies of the data are not the same"
-        )
+        raise UserError(f"the ranks leave out different bad rows ({counts}): their copies of the data are unequal")
 
 
 def summary(source: Source) -> str:
