@@ -22,7 +22,7 @@ from datasets import Value
 from PIL import Image
 
 from asd_hf.build import Parts
-from asd_hf.commands import check_data
+from asd_hf.commands import run
 from asd_hf.config import build_config, load_config
 from asd_hf.data import (
     DataConfig,
@@ -201,7 +201,7 @@ def samples(source, training=True) -> dict[int, dict]:
 
 
 def checked(capsys, *arguments) -> tuple[int, str]:
-    code = check_data.main([*map(str, arguments), "--workers", "1"])
+    code = run("check-data", [*map(str, arguments), "--workers", "1"])
     return code, capsys.readouterr().out
 
 
@@ -397,7 +397,10 @@ def test_unlabelled_images(tmp_path, capsys):
     source = open_training_source(config)
     assert source.num_rows == 2 * len(ROWS) - 1 and len(samples(source)) == source.num_rows
     assert [(fault.kind, fault.image_id) for fault in source.faults] == [("broken image", 2)]
-    code, out = checked(capsys, config.source, "--split", "train", f"data.unlabelled={folder}")
+    file = tmp_path / "found.json"
+    code, out = checked(capsys, config.source, "--split", "train", f"data.unlabelled={folder}", "--json", file)
+    stored = json.loads(file.read_text())[f"unlabelled, {folder}"]
+    assert stored["num_rows"] == 6 and [fault["kind"] for fault in stored["faults"]] == ["broken image"]
     assert code == 1 and "train: 0 of 6" in out and f"unlabelled, {folder}: 1 of 6" in out
     alone = open_training_source(DataConfig(train_split=None, unlabelled=str(folder), **LENIENT))
     assert alone.num_rows == len(ROWS) - 1
@@ -599,7 +602,7 @@ def test_ranks_whose_data_differ_stop(tmp_path):
         assert sorted(answers) == sorted([text.format("0, 1"), text.format("1, 1")] * 2)
 
 
-def test_evaluation_leaves_nothing_out(places, tmp_path):
+def test_evaluation_leaves_nothing_out(places, tmp_path, capsys):
     image = places / "coco/val/000103.jpg"  # the second
     whole = image.read_bytes()
     try:
@@ -607,6 +610,9 @@ def test_evaluation_leaves_nothing_out(places, tmp_path):
         with pytest.raises(UserError, match="^evaluation leaves no image out, whatever data.bad_rows says: image 103"):
             trainer(places, tmp_path)
         trainer(places, tmp_path, num_eval_images=1)
+        arguments = ["--model", str(places / "detr"), "--data", str(places / "coco"), "data.bad_rows=skip"]
+        assert run("evaluate", arguments) == 2
+        assert "error: data.bad_rows has no use here: evaluation leaves no image out" in capsys.readouterr().err
     finally:
         image.write_bytes(whole)
 
