@@ -25,7 +25,7 @@ from .checkpoints import PARTIAL, clear, complete, moved_in, newest_checkpoint, 
 from .classes import SharedClasses
 from .config import TrainingConfig
 from .criterion import DetectionCriterion, TransformersCriterion
-from .data import DetectionStream, build_loader, require_same, summary, write_left_out
+from .data import DetectionStream, build_loader, require_agreement, require_same, summary, write_left_out
 from .detectors import get_adapter
 from .detectors.base import DetectorAdapter, DetectorOutput
 from .distiller import Distiller, DistillerOutput
@@ -169,6 +169,7 @@ class DistillationTrainer(Trainer):
         if self.args.max_steps <= 0 and self.train_dataset.batches_per_epoch is None:
             raise UserError("the length of this data source is not known: set training.max_steps")
         source = self.train_dataset.source
+        require_agreement(source.faults)
         self._vote = Vote(self.args.world_size)
         self._due, self.bad_steps = {"evaluate": False, "save": False}, 0
         self._last_step = {"grad_norm": 0.0, "learning_rate": 0.0}

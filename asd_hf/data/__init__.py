@@ -1,6 +1,6 @@
 """From a data set, wherever it lies, to padded batches."""
 
-from .check import Report, check_source, require_same, require_whole, summary, write_left_out
+from .check import Report, check_source, require_agreement, require_same, require_whole, summary, write_left_out
 from .collate import collate
 from .config import DataConfig, teacher_view
 from .faults import NOTES, REMEDIES, Fault
@@ -26,6 +26,7 @@ __all__ = [
     "open_source",
     "open_training_source",
     "open_unlabelled",
+    "require_agreement",
     "require_same",
     "require_whole",
     "resize_spec",

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch.distributed as dist
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -156,7 +157,7 @@ class GoodReader:
             image_id = row["image_id"] if fault is None else fault.image_id
             if position not in left_out:
                 if fault is not None:
-                    raise UserError(f"{fault.why}: it was not so when the data were checked, start again")
+                    raise UserError(f"{fault.why}: it was not so before: run `asd-hf check-data` again")
                 yield row
             elif left_out[position] != image_id:
                 raise UserError(f"image {image_id} lies where a bad row was: run `asd-hf check-data` again")
@@ -168,25 +169,44 @@ def write_left_out(folder: Path, faults: list[Fault]) -> None:
     if faults:
         folder.mkdir(parents=True, exist_ok=True)
         beside = file.with_name(f"{LEFT_OUT}.new")
-        beside.write_text(_lines(faults), encoding="utf-8")
+        beside.write_text("".join(json.dumps(asdict(fault)) + "\n" for fault in faults), encoding="utf-8")
         beside.replace(file)  # whole at any time: other ranks may be reading it
     else:
         file.unlink(missing_ok=True)
 
 
 def require_same(folder: Path, faults: list[Fault]) -> None:
-    """Checks that a run which is resumed left out the same rows until now.
+    """Checks that a run which is resumed left out the same rows until now, wherever the data lay then.
 
     Raises:
         UserError: it did not: the images that follow would not be those of one uninterrupted run.
     """
     file = folder / LEFT_OUT
-    before = file.read_text(encoding="utf-8") if file.is_file() else ""
-    if before != _lines(faults):
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    try:
+        before = [(stored["kind"], stored["image_id"]) for stored in map(json.loads, lines)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is not as the run wrote it: {type(error).__name__}: {error}") from error
+    if before != _keys(faults):
         raise UserError(
-            f"the run in {folder} left out {len(before.splitlines())} bad rows, now it would be {len(faults)}, "
-            f"or others, and its order of images cannot go on: bring the data back to what {file} says, or start anew"
+            f"the run in {folder} left out {len(before)} bad rows, now it would be {len(faults)}, or others, and its "
+            f"order of images cannot go on: bring the data back to what {file} says, or start anew"
         )
+
+
+def require_agreement(faults: list[Fault]) -> None:
+    """Checks that all ranks leave out the same rows. Collective: all ranks must call it.
+
+    Raises:
+        UserError: they do not, on every rank: one would wait for another's batches for ever.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    answers: list[list | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, _keys(faults))
+    if any(answer != answers[0] for answer in answers):
+        counts = ", ".join(str(len(answer)) for answer in answers)
+        raise UserError(f"the ranks leave out different bad rows ({counts}): their copies of the data are unequal")
 
 
 def summary(source: Source) -> str:
@@ -195,8 +215,8 @@ def summary(source: Source) -> str:
     return "; ".join(parts + [f"{count} x {kind}" for kind, count in source.notes.items()])
 
 
-def _lines(faults: list[Fault]) -> str:
-    return "".join(json.dumps(asdict(fault)) + "\n" for fault in faults)
+def _keys(faults: list[Fault]) -> list[tuple[str, int | None]]:
+    return [(fault.kind, fault.image_id) for fault in faults]
 
 
 def _shard(stream: datasets.IterableDataset, shard: int) -> Iterator[dict[str, Any]]:

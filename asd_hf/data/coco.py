@@ -18,7 +18,7 @@ from datasets import Features, List, Value
 
 from ..errors import UserError
 from .cache import build_once, cache_root, digest
-from .faults import NOTES, BadRow, Fault, bad_row, box_note, first_of, is_image_id, is_number, is_text
+from .faults import NOTES, BadRow, Fault, bad_row, box_note, first_of, is_number, is_text, is_whole
 from .rows import MAX_SHARDS, Source, cut_evenly, read_rows, stream_of
 
 logger = logging.getLogger(__name__)
@@ -169,12 +169,12 @@ def _build_index(file: Path, folder: Path, labelled: bool) -> None:
     lost: dict[int, list[str]] = {}  # image id that is not in the file -> its annotations
     for annotation in annotations:
         image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
-        row = rows.get(image_id) if is_image_id(image_id) else None
+        row = rows.get(image_id) if is_whole(image_id) else None
         try:
             if row is not None:
                 note = _add_annotation(annotation, row, class_index, file)
                 counts[note] = counts.get(note, 0) + 1
-            elif not is_image_id(image_id):
+            elif not is_whole(image_id):
                 raise BadRow("annotation", f"{_name(annotation, file)} is of image {image_id!r:.80}, which cannot be")
             elif image_id not in known:
                 lost.setdefault(image_id, []).append(_name(annotation, file))
@@ -202,7 +202,7 @@ def _image_rows(images: list, file: Path) -> tuple[dict[int, dict], list[Fault]]
     """The rows by image id, still without objects, and what is wrong with the images that have none."""
     rows: dict[int, dict] = {}
     faults: list[Fault] = []
-    ids = Counter(image["id"] for image in images if isinstance(image, dict) and is_image_id(image.get("id")))
+    ids = Counter(image["id"] for image in images if isinstance(image, dict) and is_whole(image.get("id")))
     for image in images:
         about = image if isinstance(image, dict) else {}
         try:
@@ -212,7 +212,7 @@ def _image_rows(images: list, file: Path) -> tuple[dict[int, dict], list[Fault]]
             rows[row["image_id"]] = row
         except BadRow as error:
             image_id, name = about.get("id"), about.get("file_name")
-            image_id, name = image_id if is_image_id(image_id) else None, name if is_text(name) else None
+            image_id, name = image_id if is_whole(image_id) else None, name if is_text(name) else None
             faults.append(Fault(error.kind, image_id, name, str(error)))
     return rows, faults
 
@@ -222,14 +222,14 @@ def _image_row(image: Any, file: Path) -> dict[str, Any]:
         image_id, name = image["id"], image["file_name"]
     except (KeyError, TypeError):
         raise BadRow("row", f"{file}: an image lacks its id or file_name: {image!r:.80}") from None
-    if not is_image_id(image_id):
+    if not is_whole(image_id):
         raise BadRow("image id", f"{file}: image id {image_id!r:.80} is not an integer, or not below 2^62")
     if not is_text(name) or PurePosixPath(name).is_absolute() or ".." in (parts := PurePosixPath(name).parts):
         raise BadRow("file name", f"{file}: file_name {name!r:.200} of image {image_id} leaves the image folder")
     if not parts or "\0" in name:
         raise BadRow("file name", f"{file}: file_name {name!r:.200} of image {image_id} is no name of a file")
     size = {key: image.get(key) for key in ("width", "height")}
-    if any(not is_image_id(value) or value < 1 for value in size.values() if value is not None):
+    if any(not is_whole(value) or value < 1 for value in size.values() if value is not None):
         raise BadRow(
             "stated size", f"{file}: image {image_id} needs a whole number of pixels as width and height: {size}"
         )

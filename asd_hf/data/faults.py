@@ -65,8 +65,8 @@ def box_note(box: Sequence[float], width: float, height: float) -> str | None:
     return "clipped box" if min(x, y, width - x - w, height - y - h) < -1 else None
 
 
-def is_image_id(value: object) -> bool:
-    """Whether `value` can be an image id: bit 62 marks unlabelled images."""
+def is_whole(value: object) -> bool:
+    """Whether `value` is a whole number below 2^62, as image ids must be: that bit marks unlabelled images."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 62
 
 

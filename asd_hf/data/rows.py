@@ -3,7 +3,8 @@
 A row has `image` ({"bytes", "path"}, not decoded; read from `path` where `bytes` is None), `image_id`, `width` and
 `height` (pixels; None where the source does not state them) and `objects`: a dictionary of lists `bbox` ([x, y, width,
 height] in absolute pixels), `category` (class indices), `area` and `iscrowd`; or None for an image that has not been
-annotated, which is another thing than one without objects.
+annotated, which is another thing than one without objects. A reader that is told to keep bad rows gives one with
+`fault` (`faults.Fault`) in place of each.
 """
 
 from __future__ import annotations

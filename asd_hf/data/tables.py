@@ -23,7 +23,7 @@ from PIL import Image
 
 from ..errors import UserError
 from .cache import digest
-from .faults import NOTES, BadRow, bad_row, box_note, is_image_id, is_number
+from .faults import NOTES, BadRow, bad_row, box_note, is_number, is_whole
 from .rows import MAX_SHARDS, Source, cut_evenly, read_rows, stream_of
 
 logger = logging.getLogger(__name__)
@@ -339,8 +339,8 @@ class TableReader:
 
     def _id(self, stored: dict[str, Any], number: int) -> int:
         """The id of a bad row, its number where it has none."""
-        image_id = stored.get("row", stored).get("image_id")
-        return image_id if self.known is not None and is_image_id(image_id) else number
+        image_id = (stored["row"] if _is_sample(stored) else stored).get("image_id")
+        return image_id if self.known is not None and is_whole(image_id) else number
 
     def row(self, stored: dict[str, Any], number: int) -> dict[str, Any]:
         """A stored row in the form of `rows`, or a BadRow; UserError where the machine is to blame."""
@@ -356,7 +356,7 @@ class TableReader:
         image_id = number if image_id is None else image_id
         size = stored.get("width"), stored.get("height")
         name = f"{self.name}: image {image_id}"
-        if not is_image_id(image_id):
+        if not is_whole(image_id):
             why = f"{self.name}: image_id {image_id!r:.80} of row {number} is not an integer, or not below 2^62"
             raise BadRow("image id", why)
         return {
@@ -468,9 +468,14 @@ def _is_box(box: list[float | None] | None) -> bool:
     return isinstance(box, list) and len(box) == 4 and all(map(is_number, box))
 
 
+def _is_sample(stored: dict[str, Any]) -> bool:
+    """Whether this is what `_read_tars` gives."""
+    return set(stored) == {"row", "fault"}
+
+
 def _flat(stored: dict[str, Any]) -> dict[str, Any]:
     """A WebDataset sample's JSON as columns."""
-    if set(stored) == {"row", "fault"}:
+    if _is_sample(stored):
         if stored["fault"] is not None:
             raise BadRow("row", stored["fault"])
         return stored["row"]
