@@ -12,7 +12,7 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 from transformers import set_seed
 
-from ..benchmark import SETTLED
+from ..benchmark.step import SETTLED
 from ..build import Parts
 from ..classes import SharedClasses
 from ..config import RunConfig, load_config
