@@ -57,7 +57,7 @@ class SharedClasses:
         """The student's output reduced to the shared classes."""
         if self._all_of_student:
             return output
-        return output.map_logits(lambda logits: _keep(logits, self._columns[0], self.activations[0]))
+        return output.map_logits(lambda logits: keep_classes(logits, self._columns[0], self.activations[0]))
 
     def teacher(self, output: DetectorOutput) -> DetectorOutput:
         """The teacher's output reduced to the shared classes, in the student's order and form."""
@@ -65,7 +65,7 @@ class SharedClasses:
             return output
 
         def change(logits: Tensor) -> Tensor:
-            kept = logits if self._same_columns else _keep(logits, self._columns[1], self.activations[1])
+            kept = logits if self._same_columns else keep_classes(logits, self._columns[1], self.activations[1])
             return convert_logits(kept, self.activations[1], self.activations[0])
 
         return output.map_logits(change)
@@ -87,7 +87,8 @@ class SharedClasses:
         return self
 
 
-def _keep(logits: Tensor, columns: Tensor, activation: str) -> Tensor:
+def keep_classes(logits: Tensor, columns: Tensor, activation: str) -> Tensor:
+    """Logits (..., C) of the classes `columns`; those of a softmax head's others join "no object"."""
     kept = logits[..., columns]
     if activation == "sigmoid":
         return kept

@@ -44,6 +44,7 @@ back. *Other questions*: whether a method may ask the decoder other queries than
 
 YOLOS shows its last layer alone, because its heads are trained on no other: use `method.layers: 1`. Grounding DINO is
 told the names of the data's classes, or those of `model.class_map`; a class's probability is the mean of its tokens'.
+AdaMixer is not of Transformers but of `asd_hf.models`, its loss that of the original: [adamixer.md](adamixer.md).
 
 ## Which teaches which
 

@@ -19,7 +19,9 @@ from transformers.modeling_outputs import BackboneOutput
 
 from asd_hf import commands
 from asd_hf.criterion import DetectionCriterion
+from asd_hf.detectors import get_adapter
 from asd_hf.detectors.base import DetectorOutput
+from asd_hf.errors import UserError
 from asd_hf.models import AdaMixerConfig, AdaMixerForObjectDetection, AdaMixerImageProcessor, AdaMixerModel
 from asd_hf.models.adamixer import modeling_adamixer as modeling
 from asd_hf.models.adamixer.convert_adamixer import convert_state_dict
@@ -463,9 +465,8 @@ def slow_layer(weights, config, content, position, maps):
     return content, torch.cat([position[:, :2] + head[:, :2] * scale, position[:, 2:] + head[:, 2:]], -1)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_equals_the_slow_reading_in_float64(attention):
-    model = golden_model(attention).double()
+def test_equals_the_slow_reading_in_float64():
+    model = golden_model("sdpa").double()
     core, inputs = model.model, golden_inputs()
     output = core(inputs["pixel_values"].double(), inputs["pixel_mask"])
     maps = core.neck([m.double() for m in core.backbone.maps])
@@ -592,16 +593,19 @@ def test_of_boxes_without_area_positions_are_finite():
     torch.testing.assert_close(modeling.positions_to_boxes(positions)[3], boxes[3])
 
 
-def test_compiled_it_answers_the_same():
+def test_compiled_and_exported_it_answers_the_same():
     model = lively().eval()
+    model.model.decoder.layers, model.class_heads = model.model.decoder.layers[:1], model.class_heads[:1]
     inputs = example(model)
     del inputs["labels"]
     with torch.no_grad():
         expected = model(**inputs)
         torch.compiler.reset()
-        output = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs)
-    torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(output.pred_boxes, expected.pred_boxes, rtol=1e-4, atol=1e-4)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs)
+        exported = torch.export.export(model, (), inputs).module()(**inputs)
+    for output in (compiled, exported):
+        torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output.pred_boxes, expected.pred_boxes, rtol=1e-4, atol=1e-4)
 
 
 # -- in Transformers --------------------------------------------------------------------------------------------------
@@ -745,6 +749,39 @@ def test_batch_norm_keeps_its_statistics_and_trains_its_scale():
 def test_impossible_sizes_are_refused(options, message):
     with pytest.raises(Exception, match=message):
         AdaMixerConfig(backbone_config=backbone(8, 8, 8, 8), **options)
+
+
+# -- as a detector among others ---------------------------------------------------------------------------------------
+
+
+def test_strides_of_another_backbone_must_be_told():
+    dilated = tiny.TIMM_RESNET | {"out_indices": [1, 2, 3, 4], "output_stride": 16}
+    values = {"d_model": 32, "feature_channels": 32, "decoder_layers": 1, "in_points": 4, "out_points": 4}
+    model = AdaMixerForObjectDetection(AdaMixerConfig(backbone_config=dilated, **values))
+    with pytest.raises(UserError, match=r"have strides \[4, 8, 16, 16\]: set feature_strides"):
+        get_adapter(model, AdaMixerImageProcessor())
+    model = AdaMixerForObjectDetection(
+        AdaMixerConfig(backbone_config=dilated, **values, feature_strides=[4, 8, 16, 16])
+    )
+    assert get_adapter(model, AdaMixerImageProcessor()).spec.strides == (4, 8, 16, 16)
+
+
+def test_feature_maps_of_another_width_than_the_queries_are_not_shown_to_methods():
+    adapter = get_adapter(lively().eval(), AdaMixerImageProcessor())  # 64 and 32
+    assert adapter.spec.hidden_size == 32 and adapter.spec.capabilities == {"decode", "attention"}
+
+
+def test_batch_norm_of_a_student_from_scratch_is_trained_and_saved_frozen(tmp_path):
+    adapter = get_adapter(lively(), AdaMixerImageProcessor())
+    norms = [m for m in adapter.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert adapter.train_batch_norm(lambda name: "stages.0" not in name) < len(norms)
+    adapter.backbone.encoder.stages[0].requires_grad_(False)
+    adapter.model.train()
+    trained = {name for name, m in adapter.backbone.named_modules() if isinstance(m, nn.BatchNorm2d) and m.training}
+    assert trained and not any("stages.0" in name for name in trained)
+    adapter.model.save_pretrained(tmp_path)
+    loaded = AutoModelForObjectDetection.from_pretrained(tmp_path).train()
+    assert not any(m.training for m in loaded.modules() if isinstance(m, nn.BatchNorm2d))
 
 
 # -- from the original's checkpoints ----------------------------------------------------------------------------------

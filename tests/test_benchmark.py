@@ -146,12 +146,12 @@ def test_variants_of_one_method_are_measured_and_other_sections_are_refused(tmp_
 
 @pytest.mark.parametrize("augmentation", ["none", "flip", "detr"])
 def test_the_usual_pipeline_makes_the_same_sample(tmp_path, augmentation):
-    write_coco(tmp_path / "coco", "train", tiny_rows(9))
+    write_coco(tmp_path / "coco", "train", tiny_rows(24))
     sizes = {"train_sizes": [160], "max_size": 400, "augmentation": augmentation}
     config = DataConfig(source=str(tmp_path / "coco"), **sizes)
     ours, usual = RowTransform(config, training=True), data.UsualTransform(config)
-    cropped = 0
-    for row in data.read_images(config, 9):
+    cropped = flipped = 0
+    for row in data.read_images(config, 24):
         mine, theirs = ours(row), usual(row)
         mean, std = (torch.tensor(x)[:, None, None] for x in (usual.processor.image_mean, usual.processor.image_std))
         pixels = (mine["pixel_values"] / 255 - mean) / std
@@ -160,8 +160,10 @@ def test_the_usual_pipeline_makes_the_same_sample(tmp_path, augmentation):
         assert torch.equal(mine["labels"]["class_labels"], theirs["labels"]["class_labels"])
         torch.testing.assert_close(mine["labels"]["boxes"], theirs["labels"]["boxes"])
         with seeded(0, 0, row["image_id"]):
-            cropped += draw_geometry(config, row["height"], row["width"]).window[2:] != (row["height"], row["width"])
-    assert (cropped > 0) == (augmentation == "detr")
+            geometry = draw_geometry(config, row["height"], row["width"])
+        flipped += geometry.flip
+        cropped += geometry.window[2:] != (row["height"], row["width"])
+    assert (cropped > 0) == (augmentation == "detr") and (flipped > 0) == (augmentation != "none")
 
 
 def test_data_is_measured(tmp_path, capsys):

@@ -9,7 +9,8 @@ from asd_hf.errors import UserError
 from asd_hf.methods.asd import ASDConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
-CONFIGS = [path for path in CONFIGS if path.parent.name != "accelerate" and path.name != "variants.yaml"]
+VARIANTS = ("variants", "layers")  # parts of configurations
+CONFIGS = [path for path in CONFIGS if path.parent.name != "accelerate" and path.stem not in VARIANTS]
 
 
 def write(tmp_path, text):

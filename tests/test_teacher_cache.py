@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
+from transformers import set_seed
 
 from asd_hf.build import Parts
 from asd_hf.commands import run
@@ -20,6 +21,7 @@ from asd_hf.config import build_config
 from asd_hf.data import DataConfig, build_loader
 from asd_hf.data.transforms import count_geometries
 from asd_hf.detectors.base import DetectorOutput
+from asd_hf.doctor import ADAPTED, check
 from asd_hf.errors import UserError
 from asd_hf.methods import METHODS
 from asd_hf.ops import cxcywh_to_xyxy
@@ -34,7 +36,7 @@ from tests.tiny_run import configuration, write_places
 
 FLIP = {"resize": "fixed", "fixed_size": [96, 96], "augmentation": "flip"}
 DRAWN = {"augmentation": "detr", "train_sizes": [128, 144], "max_size": 240}
-PAIRS = {"name": "balanced_pairs"}
+PAIRS = {"name": "balanced_pairs", "trust": 0.0}
 NO_MAPS = {"name": "detrdistill", "feature_weight": 0.0, "contrastive_weight": 0.1}
 
 
@@ -65,7 +67,7 @@ def small_shards():
 def settings(places, teacher="deformable_detr", data=FLIP, method=PAIRS, cache=None, **training):
     training = {"per_device_eval_batch_size": 2, "max_steps": 6, "report_to": [], "disable_tqdm": True} | training
     values = configuration(places, teacher, data=data, **training)
-    values["method"] = dict(method)
+    values["method"] = method
     values["model"]["teacher_cache"] = None if cache is None else str(cache)
     return values
 
@@ -98,8 +100,9 @@ def same_answers(live, kept, epochs):
             assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
             assert "teacher_pixel_values" not in theirs
             a, b = live.ask_teacher(ours), kept.ask_teacher(theirs)
-            torch.testing.assert_close(b.logits, a.logits, atol=2e-3, rtol=1e-3)
-            torch.testing.assert_close(b.boxes, a.boxes, atol=1e-5, rtol=0)
+            layers = len(b.logits)
+            torch.testing.assert_close(b.logits, a.logits[-layers:], atol=2e-3, rtol=1e-3)
+            torch.testing.assert_close(b.boxes, a.boxes[-layers:], atol=1e-5, rtol=0)
             for x, y in zip(a.decode.own, b.decode.own, strict=True):
                 assert (x is None) is (y is None)
                 if x is not None:
@@ -139,20 +142,21 @@ def test_drawn_views_come_round(places, drawn):
         assert torch.equal(a["teacher"]["boxes"], b["teacher"]["boxes"]) is same
 
 
-@pytest.mark.parametrize("method", [PAIRS, NO_MAPS])
-def test_a_training_from_disk_is_the_training_with_the_teacher(places, tmp_path, method):
-    steps = {"logging_steps": 1, "learning_rate": 1e-3, "save_strategy": "no"}
+def test_a_training_from_disk_is_the_training_with_the_teacher(places, tmp_path):
+    steps = {"logging_steps": 1, "learning_rate": 1e-3, "save_strategy": "no", "max_steps": 4}
+    method = [PAIRS, NO_MAPS]
     folder = build(tmp_path, settings(places, method=method))
     losses, weights = [], []
     for cache in (None, folder):
+        set_seed(0)
         trainer = parts_of(settings(places, method=method, cache=cache, **steps), tmp_path / "out").trainer()
         trainer.train()
-        losses.append([{k: v for k, v in e.items() if k.startswith("loss")} for e in trainer.state.log_history[:6]])
-        weights.append(torch.cat([p.flatten() for p in trainer.adapter.model.parameters()]))
-    assert len(losses[0]) == 6 and losses[0][0] != losses[0][-1]
+        losses.append([{k: v for k, v in e.items() if k.startswith("loss")} for e in trainer.state.log_history[:4]])
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.adapter.model.parameters()]))
     for live, kept in zip(*losses, strict=True):
-        assert live.keys() == kept.keys()
+        assert live.keys() == kept.keys() and len(live) == 17
         assert all(kept[name] == pytest.approx(live[name], rel=5e-3, abs=1e-3) for name in live)
+    assert losses[0][0]["loss"] != losses[0][-1]["loss"]
     torch.testing.assert_close(weights[1], weights[0], atol=3e-3, rtol=0)
 
 
@@ -353,7 +357,8 @@ def shard_sums(folder):
 def writer_of(values):
     parts = parts_of(values)
     contents = Contents.of(parts.method.teacher_reads, parts.method.teacher_layers, parts.teacher.spec)
-    return CacheWriter(parts.teacher, "t", parts.train_source, parts.run.data, parts.data_seed, contents, batch_size=2)
+    data = parts.train_source, parts.run.data, parts.data_seed
+    return CacheWriter(parts.teacher, "t", *data, contents, parts.class_names, batch_size=2)
 
 
 def test_two_ranks_and_loader_workers_write_what_one_rank_writes(places, tmp_path):
@@ -376,7 +381,7 @@ def test_a_stopped_build_leaves_whole_shards_and_goes_on(places, tmp_path, monke
 
     def stop(self, rows, stored):
         calls.append(rows)
-        if len(calls) == 5:  # within the second shard
+        if len(calls) == 8:  # within the second shard
             raise KeyboardInterrupt
         put(self, rows, stored)
 
@@ -431,7 +436,7 @@ def test_a_damaged_shard_is_found_and_mended(places, flipped, tmp_path):
         (DRAWN, ["--views", "0"], "--views must be 1 or more"),
         (DRAWN, ["--views", "2", "--canonical"], "leave out --views"),
         (FLIP, ["--top-queries", "10"], "--top-queries is 10, but the teacher has 9"),
-        (FLIP, ["--top-classes", "0"], "--top-classes is 0, but the teacher has 4"),
+        (FLIP, ["--top-classes", "0"], "--top-classes is 0, but the teacher has 3"),
     ],
 )
 def test_options_that_make_no_sense(places, tmp_path, capsys, data, options, message):
@@ -554,14 +559,14 @@ def test_the_commands_work_with_it(places, flipped, tmp_path, capsys):
     values = settings(places, cache=folder, max_steps=2, output_dir=str(tmp_path / "out"), save_strategy="no")
     file = tmp_path / "kept.yaml"
     file.write_text(yaml.safe_dump(values))
-    assert run("doctor", ["--config", str(file), "--steps", "2"]) == 0
+    assert run("doctor", ["--config", str(file), "--steps", "1"]) == 0
     shown = capsys.readouterr().out
     assert f"its predictions from {folder}, exact" in shown and "teacher's AP" not in shown
-    assert "all 3 found by name, 1 more of the teacher are left out" in shown
-    arguments = ["step", "--config", str(file), "--methods", "balanced_pairs,asd,fgd,od_detr", "--rounds", "1"]
+    assert "all 3 found by name" in shown
+    arguments = ["step", "--config", str(file), "--methods", "balanced_pairs,fgd,od_detr", "--rounds", "1"]
     assert run("benchmark", arguments) == 0
     shown = capsys.readouterr().out
-    assert "fgd: refused: fgd reads features of the teacher" in shown and "| od_detr" in shown and "| asd" in shown
+    assert "fgd: refused: fgd reads features of the teacher" in shown and "| od_detr" in shown
     assert run("train", ["--config", str(file)]) == 0
     assert "teacher" not in json.loads((tmp_path / "out/metrics.json").read_text())
     assert "whose predictions came from disk (exact: all 2 views" in (tmp_path / "out/README.md").read_text()
@@ -572,14 +577,12 @@ def test_the_commands_work_with_it(places, flipped, tmp_path, capsys):
 
 def test_from_the_hub(places, flipped, tmp_path):
     """Finished predictions are pushed, then read from there: only the shard that is needed is fetched."""
-    folder, file = shutil.copytree(flipped, tmp_path / "kept"), tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(settings(places)))
     program = f"""
-from asd_hf.commands import run
+from pathlib import Path
+from asd_hf.commands.cache import push
 from asd_hf.data.transforms import Geometry
-from asd_hf.teacher_cache import TeacherCache, write
-write.LEAST_IMAGES = 5
-assert run("cache", ["--config", {str(file)!r}, "--output", {str(folder)!r}, "--push", "user/kept"]) == 0
+from asd_hf.teacher_cache import TeacherCache
+push(Path({str(flipped)!r}), "user/kept", None)
 cache, flip = TeacherCache("user/kept"), Geometry(True, (0, 0, 8, 8), (8, 8))
 cache.read(100, 0, flip, (8, 8))
 print(cache.read(103, 0, flip, (8, 8))["boxes"].sum().item())

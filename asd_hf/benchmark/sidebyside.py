@@ -48,12 +48,10 @@ class Row:
         )
 
 
-def take_turns(
-    alternatives: Mapping[str, Callable[[], T]], rounds: int, warm_up: int = 1, unit: str = "round"
-) -> dict[str, list[T]]:
+def take_turns(alternatives: Mapping[str, Callable[[], T]], rounds: int, warm_up: int = 1) -> dict[str, list[T]]:
     """What each alternative returns in each of `rounds`; they run one after the other, `warm_up` rounds unseen."""
     results: dict[str, list[T]] = {name: [] for name in alternatives}
-    for number in tqdm(range(warm_up + rounds), desc="measure", unit=unit, leave=False):
+    for number in tqdm(range(warm_up + rounds), desc="measure", unit="round", leave=False):
         for name, run in alternatives.items():
             result = run()
             if number >= warm_up:

@@ -210,7 +210,8 @@ def _stock_step(trainer: DistillationTrainer, batch: dict, watch: Callable[[], S
 
 @contextmanager
 def _timed_loss(model: nn.Module) -> Iterator[None]:
-    """Marks the loss that Transformers computes within the model as a phase of its own during the block."""
+    """Lets Transformers' loss train the model during the block, and marks it as a phase."""
+    replaced = vars(model).pop("_loss_function", None)
     own = model.loss_function
 
     def timed(*args, **kwargs):
@@ -222,6 +223,8 @@ def _timed_loss(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del model._loss_function
+        if replaced is not None:
+            model.loss_function = replaced
 
 
 def format_costs(costs: Sequence[StepCost], refused: Mapping[str, str]) -> str:

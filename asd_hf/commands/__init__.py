@@ -15,7 +15,7 @@ COMMANDS = {
     "doctor": "say before training what fits, what is adapted and what is refused",
     "cache": "write the teacher's predictions to disk, to train without the teacher",
     "compare": "train several methods with several seeds and say which is better",
-    "benchmark": "measure what a training step costs under each method",
+    "benchmark": "measure steps of training, losses, the reading of images and COCO evaluation beside their references",
     "check-data": "read a data set whole and list what is wrong with it",
     "replay": "repeat a step that was left out and say where it was not finite",
     "selftest": "kill a training at random moments and show that nothing is lost",

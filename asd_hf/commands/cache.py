@@ -4,6 +4,7 @@ import argparse
 import copy
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from transformers import set_seed
 
 from ..benchmark import SETTLED
 from ..build import Parts
+from ..classes import SharedClasses
 from ..config import RunConfig, load_config
 from ..data import build_loader
 from ..detectors.base import DetectorOutput
@@ -59,7 +61,7 @@ def _cache(run: RunConfig, args: argparse.Namespace) -> None:
     contents = Contents.of(
         parts.method.teacher_reads,
         parts.method.teacher_layers,
-        parts.teacher.spec,
+        replace(parts.teacher.spec, class_names=parts.classes.names),
         args.top_queries,
         args.top_classes,
     )
@@ -72,6 +74,8 @@ def _cache(run: RunConfig, args: argparse.Namespace) -> None:
         run.data,
         parts.data_seed,
         contents,
+        parts.class_names,
+        run.model.class_map,
         views=args.views,
         canonical=args.canonical,
         batch_size=training.per_device_eval_batch_size,
@@ -90,9 +94,12 @@ def _cache(run: RunConfig, args: argparse.Namespace) -> None:
         manifest = writer.finish(args.output)
         size = sum(shard["bytes"] for shard in manifest.shards)
         print(f"{manifest.num_shards} shards, {_megabytes(size)}: train with model.teacher_cache={args.output}")
-        print(_loss_table(parts, args.output))
+    state.wait_for_everyone()
+    table = _loss_table(parts, args.output)  # on every rank: a method may average over them
+    if first:
+        print(table)
         if args.push is not None:
-            _push(args.output, args.push, training.hub_private_repo)
+            push(args.output, args.push, training.hub_private_repo)
     state.wait_for_everyone()
 
 
@@ -117,6 +124,7 @@ def _loss_table(parts: Parts, folder: Path) -> str:
     """Each loss of the method on the first training batch, under the teacher and under its predictions on disk."""
     cache, stream, classes = TeacherCache(str(folder)), parts.training_stream(), parts.classes
     stream.transform.predictions = cache
+    kept = SharedClasses(parts.student.spec, cache.spec, parts.run.model.class_map).to(parts.run.training.device)
     with tempfile.TemporaryDirectory() as nowhere:
         parts.run.training.leave_no_trace(nowhere)
         trainer = parts.trainer()
@@ -124,7 +132,7 @@ def _loss_table(parts: Parts, folder: Path) -> str:
         parts.student.model.eval()
         with torch.no_grad(), trainer.accelerator.autocast():
             student = classes.student(parts.student(batch["pixel_values"], batch["pixel_mask"]))
-            answers = trainer.ask_teacher(batch), classes.teacher(cache(batch["teacher"]))
+            answers = trainer.ask_teacher(batch), kept.teacher(cache(batch["teacher"]))
             losses = [_losses(parts.method, student, answer, classes.labels(batch["labels"])) for answer in answers]
     rows = [["loss of the first batch", "teacher", "on disk", "difference"]]
     for name, live in losses[0].items():
@@ -149,7 +157,8 @@ def _losses(
         return {name: loss.item() for name, loss in method(student, teacher, labels).items()}
 
 
-def _push(folder: Path, name: str, private: bool | None) -> None:
+def push(folder: Path, name: str, private: bool | None) -> None:
+    """Uploads finished predictions as a data set of the Hub."""
     hub, advice = HfApi(), f"the predictions are complete in {folder}"
     call_hub(lambda: hub.create_repo(name, repo_type="dataset", private=private, exist_ok=True), advice)
     files = ["README.md", "*.json", "*.safetensors"]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..classes import rename_classes, short_list
+from ..classes import match_classes, rename_classes, short_list
 from ..data import DataConfig, Source, resize_spec, teacher_view
 from ..data.transforms import count_geometries
 from ..detectors.base import DetectorAdapter, DetectorSpec
@@ -97,7 +97,8 @@ class Manifest:
         teacher: its Hub id, or the last part of its folder.
         teacher_sha256: of its weights, see `weights_sha256`.
         parameters: of the teacher.
-        spec: the teacher's `DetectorSpec` as JSON has it; with `contents.top_queries`, of so many queries.
+        spec: the teacher's `DetectorSpec` as JSON has it, of the classes and the number of queries that are stored.
+        all_classes: of the teacher; those that the data lacks are not stored, and `spec` lacks them.
         prompted: the teacher was told the names of the data's classes.
         precision: in which the teacher computed: "no" for fp32, or that of autocast.
         fingerprint: of the data.
@@ -117,6 +118,7 @@ class Manifest:
     teacher_sha256: str
     parameters: int
     spec: dict[str, Any]
+    all_classes: list[str]
     prompted: bool
     precision: str
     fingerprint: str
@@ -200,12 +202,16 @@ class Manifest:
             compare("the teacher", self.teacher, without_folders(teacher_name))
         else:
             compare("the checksum of the teacher's weights", self.teacher_sha256, weights_sha256(teacher.model))
+            compare("the list of the teacher's classes", self.all_classes, list(teacher.spec.class_names))
             spec = spec_values(teacher.spec, self.contents.top_queries)
+            del spec["class_names"]
             for name in spec:
                 compare(f"{name} of the teacher", self.spec.get(name), spec[name])
         if self.prompted:
             names = rename_classes(class_names, class_map)
-            compare("the list of classes that the teacher is told", self.spec["class_names"], list(names))
+            compare("the list of classes that the teacher is told", self.all_classes, list(names))
+        known = [self.all_classes[i] for i in shared_columns(self.all_classes, class_names, class_map)]
+        compare("the list of classes that teacher and data share", self.spec["class_names"], known)
         compare("the fingerprint of the training data", self.fingerprint, source.fingerprint)
         view = view_values(config, self.canonical)
         for name in dict.fromkeys([*self.view, *view]):
@@ -242,6 +248,13 @@ def weights_sha256(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def shared_columns(
+    all_classes: Sequence[str], class_names: Sequence[str], class_map: Mapping[str, str] | None
+) -> list[int]:
+    """Which of a teacher's classes those of the data are, in the teacher's order."""
+    return sorted(match_classes(class_names, all_classes, class_map)[1])
 
 
 def spec_values(spec: DetectorSpec, top_queries: int | None) -> dict[str, Any]:

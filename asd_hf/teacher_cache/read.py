@@ -74,16 +74,16 @@ class TeacherCache:
     def _file(self, name: str) -> Path:
         if self.folder is not None:
             return self.folder / name
-        where = f"model.teacher_cache: {self.location}"
+        where = f"model.teacher_cache: {self.location} is no folder"
         try:
             return Path(
                 call_hub(
                     lambda: hf_hub_download(self.location, name, repo_type="dataset", revision=self.revision),
-                    f"{name} of {where} cannot be had",
+                    f"{where}, and {name} of a data set of this name cannot be had",
                 )
             )
         except LocalEntryNotFoundError as error:
-            raise UserError(f"{where}: {name} is not on this machine, and the Hub cannot be reached") from error
+            raise UserError(f"{where}, and the Hub, which may have it, cannot be reached") from error
 
     def _verified(self, name: str, sha256: str) -> Path:
         """A file whose checksum is right; it is computed once on each machine, while the file does not change."""

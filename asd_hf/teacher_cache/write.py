@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
+from ..classes import keep_classes
 from ..data import DataConfig, Source, teacher_view
 from ..data.collate import pad
 from ..data.rows import read_rows
@@ -36,7 +37,17 @@ from ..errors import UserError
 from ..files import checksum, write_whole
 from ..hub import without_folders
 from .form import encode, learnt_question
-from .manifest import COMMON, MANIFEST, Contents, Manifest, read_manifest, spec_values, view_values, weights_sha256
+from .manifest import (
+    COMMON,
+    MANIFEST,
+    Contents,
+    Manifest,
+    read_manifest,
+    shared_columns,
+    spec_values,
+    view_values,
+    weights_sha256,
+)
 
 BUILDING = "building.json"  # the manifest of a cache that is not complete
 SHARD_BYTES = 128 * 2**20  # a shard is no larger, ...
@@ -54,6 +65,7 @@ class CacheWriter:
         teacher: on the device where it is to compute.
         teacher_name: as `model.teacher` has it.
         source, config, seed: the training data and its augmentation.
+        class_names, class_map: the student's classes and what the teacher calls them; only these are stored.
         contents: what to store.
         views: drawn views of each image, where the augmentation has no end of them: epoch e has the draw of epoch
             e modulo this number.
@@ -73,21 +85,27 @@ class CacheWriter:
         config: DataConfig,
         seed: int,
         contents: Contents,
+        class_names: Sequence[str],
+        class_map: Mapping[str, str] | None = None,
         views: int | None = None,
         canonical: bool = False,
         batch_size: int = 8,
         num_workers: int = 0,
         precision: str = "no",
-        autocast: Callable[[], AbstractContextManager] = torch.no_grad,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self.teacher, self.num_workers, self.autocast = teacher, num_workers, autocast
         self.device = next(teacher.model.parameters()).device
+        names = teacher.spec.class_names
+        self.columns = shared_columns(names, class_names, class_map)
+        spec = replace(teacher.spec, class_names=tuple(names[i] for i in self.columns))
         lengths = source.shard_lengths or _count_rows(source)
         self.manifest = Manifest(
             teacher=without_folders(teacher_name),
             teacher_sha256=weights_sha256(teacher.model),
             parameters=sum(p.numel() for p in teacher.model.parameters()),
-            spec=spec_values(teacher.spec, contents.top_queries),
+            spec=spec_values(spec, contents.top_queries),
+            all_classes=list(names),
             prompted=teacher.open_vocabulary,
             precision=precision,
             fingerprint=source.fingerprint,
@@ -240,7 +258,11 @@ class CacheWriter:
             now = learnt_question(output)
             if any(name not in now or not torch.equal(x, now[name]) for name, x in self.learnt.items()):
                 raise RuntimeError("the teacher asks unlike questions of images, where those of the first were alike")
-        return encode(output, self.manifest.contents, self.teacher.spec.activation == "softmax", self.learnt)
+        activation = self.teacher.spec.activation
+        if len(self.columns) < len(self.manifest.all_classes):
+            columns = torch.tensor(self.columns, device=output.logits.device)
+            output = output.map_logits(lambda logits: keep_classes(logits, columns, activation))
+        return encode(output, self.manifest.contents, activation == "softmax", self.learnt)
 
 
 @dataclass

@@ -215,7 +215,8 @@ class AdaMixerSampling(nn.Module):
         inside = (steps >= 0) & (steps < extent)
         shares = torch.stack([1 - share, share], -1) * inside
         x, y = torch.minimum(steps.clamp(min=0), extent - 1).unbind(-2)
-        starts = F.pad(extent.prod(1).cumsum(0), (0, 0, 1, -1))
+        counts = extent.prod(1)
+        starts = counts.cumsum(0) - counts
         index = starts[..., None] + y[..., :, None] * extent[:, 0, None] + x[..., None, :]
         weight = shares[..., 1, :, None] * shares[..., 0, None, :]
         return index.flatten(-2), weight.flatten(-2)
@@ -247,9 +248,7 @@ class AdaMixerMixing(nn.Module):
 
     def _mix(self, hidden_states: Tensor, sampled: Tensor) -> Tensor:
         parameters = self.parameter_proj(hidden_states).unflatten(-1, (self.num_groups, -1))
-        channels, points = parameters.split(
-            [self.group_channels**2, parameters.shape[-1] - self.group_channels**2], -1
-        )
+        channels, points = parameters.tensor_split([self.group_channels**2], -1)
         mixed = _norm_relu(sampled.to(channels.dtype) @ channels.unflatten(-1, (self.group_channels, -1)))
         mixed = _norm_relu(points.unflatten(-1, (self.out_points, -1)) @ mixed)
         return self.out_proj(mixed.flatten(-3))
@@ -436,7 +435,7 @@ class AdaMixerModel(AdaMixerPreTrainedModel):
         return self
 
     @can_return_tuple
-    def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None, **kwargs) -> AdaMixerModelOutput:
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> AdaMixerModelOutput:
         """Runs the model.
 
         Args:
@@ -502,7 +501,6 @@ class AdaMixerForObjectDetection(AdaMixerPreTrainedModel):
         pixel_values: Tensor,
         pixel_mask: Tensor | None = None,
         labels: list[dict[str, Tensor]] | None = None,
-        **kwargs,
     ) -> AdaMixerObjectDetectionOutput:
         """Detects objects.
 
