@@ -200,9 +200,9 @@ class DetectionCriterion:
     def _side_losses(
         self, stage: Stage, boxes: Tensor, pairs: Pairs, iou: Tensor, labelled: Tensor | None
     ) -> dict[str, Tensor]:
-        sides, (query, _) = full(stage.sides), pairs
+        sides, (query, _), values = full(stage.sides), pairs, self.side_values.to(boxes, non_blocking=True)
         return {
-            "loss_fgl": fine_grained_loss(sides, full(stage.frames), self.side_values, boxes, *pairs, iou),
+            "loss_fgl": fine_grained_loss(sides, full(stage.frames), values, boxes, *pairs, iou),
             # A mean already, over queries.
             "loss_ddf": self_distillation_loss(sides, *stage.last, query, iou, stage.ends, labelled),
         }

@@ -197,7 +197,7 @@ def d_fine_loss(
     criterion, weights = _real_time_criterion(config, class_loss)
     criterion.dense = config.model_type == "deimv2" and config.use_dense_one_to_one
     weights |= {"loss_fgl": config.weight_loss_fgl, "loss_ddf": config.weight_loss_ddf}
-    criterion.side_values = _side_values(config.max_num_bins, config.up, config.reg_scale).to(logits.device)
+    criterion.side_values = _side_values(config.max_num_bins, config.up, config.reg_scale)
     _, found = _split(denoising_meta_values, logits[:, None], pred_boxes[:, None].clamp(0, 1))
     stages, names = [Stage(*found)], [[""]]
     if not config.auxiliary_loss:

@@ -74,7 +74,7 @@ def called_with(model, batch):
     model.loss_function = lambda *args, **kwargs: calls.append((args, kwargs)) or stock(*args, **kwargs)
     torch.manual_seed(0)
     model(pixel_values=batch["pixel_values"].float() / 255, labels=batch["labels"])
-    del model._loss_function
+    model.loss_function = stock
     return stock, *calls[0]
 
 
@@ -98,6 +98,21 @@ def judged(loss_function, args, kwargs):
     loss, terms, earlier = loss_function(*args, **kwargs)
     gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return loss, terms, dict(zip(leaves, gradients, strict=True)), earlier
+
+
+@pytest.mark.parametrize("family", ["d_fine", "lw_detr"])
+def test_double_precision_gives_the_same(family):
+    model = use_fast_criterion(detector(family).train())
+    _, args, kwargs = called_with(model, tiny.batch(4, sizes=((96, 96),)))
+    loss, *_ = model.loss_function(*args, **kwargs)
+
+    def double(value):
+        return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+
+    args = [double(value) for value in args]
+    args[1] = [label | {"boxes": label["boxes"].double()} for label in args[1]]
+    exact, *_ = model.loss_function(*args, **{name: double(value) for name, value in kwargs.items()})
+    assert exact.dtype == torch.float64 and exact.item() == pytest.approx(loss.item(), rel=1e-5)
 
 
 STOCK = [name for name in STUDENTS if name != "adamixer"]  # whose loss is in Transformers

@@ -41,7 +41,7 @@ def measure_losses(family: str, size: LossSize, sweep: str | None, rounds: int, 
     """A row late and a row early in training, for every value of the sweep.
 
     Late in training some queries stand at each target and know its class; early in training all predictions are
-    random, and matching takes longer.
+    random.
 
     Args:
         family: Transformers' config.model_type.
