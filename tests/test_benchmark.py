@@ -114,7 +114,7 @@ def test_own_work_leaves_out_the_teacher_and_the_models_stand_still(tmp_path, mo
     costs, refused = step.measure_steps(parts, {"asd": parts.run.methods}, rounds=2)
     row = {cost.name: cost for cost in costs}["asd"]
     assert not refused and len(calls) == 9
-    assert (row.own_ms, row.own_spread_ms) == (1000, 0)
+    assert (row.own_ms, row.own_spread_ms, row.own_forward_ms) == (1000, 0, 1000)
     assert all(torch.equal(tensor, before[name]) for name, tensor in parts.student.model.named_parameters())
 
 

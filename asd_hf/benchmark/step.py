@@ -32,6 +32,7 @@ PHASES = {  # column -> phases of the step, see `Distiller` and `DistillationTra
     "backward": ("backward",),
     "optimizer": ("optimizer",),
 }
+OWN_FORWARD = ("extra decoding", "matching", "method's loss")
 STOCK = "Transformers' own"  # its model, its loss, its labels: what its example of detection trains with
 TEACHER_TOO = f"{NO_METHOD} + teacher"  # plain training, with a teacher that is asked and not heard
 SETTLED = 10**9  # a step at which every schedule has ended
@@ -49,8 +50,9 @@ class StepCost(Row):
         of_teacher_too: ratio of the step to that of plain training with a bare forward pass of the teacher; None
             without a pretrained teacher.
         own_ms: what the method adds to plain training beside the teacher's forward pass: in the losses, the backward
-            pass and the optimizer.
+            pass and the optimizer. The difference of whole steps: believe it only where it is well above its spread.
         own_spread_ms: from the first to the third quartile.
+        own_forward_ms: the part of it before the backward pass, which is measured by itself.
         parameters: trained with the student and thrown away.
     """
 
@@ -58,6 +60,7 @@ class StepCost(Row):
     of_teacher_too: float | None
     own_ms: float
     own_spread_ms: float
+    own_forward_ms: float
     parameters: int
 
 
@@ -129,6 +132,7 @@ def measure_steps(
                 of_teacher_too=of_teacher_too,
                 own_ms=1e3 * median(own),
                 own_spread_ms=1e3 * spread(own),
+                own_forward_ms=sum(columns[column] for column in OWN_FORWARD),
                 parameters=0 if method is None else sum(p.numel() for p in method.parameters()),
             )
         )
@@ -230,20 +234,32 @@ def _timed_loss(model: nn.Module) -> Iterator[None]:
 def format_costs(costs: Sequence[StepCost], refused: Mapping[str, str]) -> str:
     """Two tables, the phases and the comparison, and the methods that were refused.
 
-    The first method's own work is what that of the others is compared with.
+    The first method's own work is what that of the others is compared with, "-" where its spread hides it.
     """
     phases = [[cost.name, *(f"{cost.milliseconds[column]:.1f}" for column in PHASES)] for cost in costs]
     methods = [cost for cost in costs if cost.name not in (STOCK, NO_METHOD, TEACHER_TOO)]
-    header = ["method", "step, ms", "spread", "of plain", "of plain + teacher", "own work, ms", "spread", "of plain"]
-    header += ["own parameters"] + [f"of {cost.name}'s own work" for cost in methods[:1]]
+    header = [
+        "method",
+        "step, ms",
+        "spread",
+        "of plain",
+        "of plain + teacher",
+        "own parameters",
+        "own work, ms",
+        "spread",
+    ]
+    header += ["own forward, ms", "of plain"]
+    header += [f"of {cost.name}'s own {what}" for cost in methods[:1] for what in ("work", "forward")]
     rows = []
     for cost in costs:
         row = [cost.name, f"{cost.ours_ms:.1f}", f"{cost.ours_spread_ms:.1f}", f"{cost.ratio:.2f} x"]
         row.append("-" if cost.of_teacher_too is None else f"{cost.of_teacher_too:.2f} x")
-        row += [f"{cost.own_ms:.1f}", f"{cost.own_spread_ms:.1f}", f"{cost.own_ms / cost.reference_ms:.1%}"]
-        row.append(f"{cost.parameters / 1e6:.2f}M")
+        row += [f"{cost.parameters / 1e6:.2f}M", f"{cost.own_ms:.1f}", f"{cost.own_spread_ms:.1f}"]
+        row += [f"{cost.own_forward_ms:.1f}", f"{cost.own_forward_ms / cost.reference_ms:.2%}"]
         for first in methods[:1]:
-            row.append(f"{cost.own_ms / first.own_ms:.1f} x" if cost in methods else "-")
+            seen = cost in methods and first.own_ms > first.own_spread_ms
+            row.append(f"{cost.own_ms / first.own_ms:.1f} x" if seen else "-")
+            row.append(f"{cost.own_forward_ms / first.own_forward_ms:.1f} x" if cost in methods else "-")
         rows.append(row)
     lines = [format_table(["method", *(f"{column}, ms" for column in PHASES)], phases), format_table(header, rows)]
     lines += [f"{name}: refused: {reason}" for name, reason in refused.items()]
