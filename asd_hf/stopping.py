@@ -7,8 +7,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME = 3  # seconds in which a second signal is the first one, which a launcher passes on to those who got it already
 
 
 class Stopped(BaseException):
@@ -27,11 +29,12 @@ class Stopped(BaseException):
 _pid: int | None = None  # of the process whose signals are handled
 _deferred = False
 _number: int | None = None  # the signal that came
+_since = 0.0  # when
 
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Within, the first of `SIGNALS` raises `Stopped`; a second one ends the process. For the main thread alone."""
+    """Within, the first of `SIGNALS` raises `Stopped`; a later one ends the process. For the main thread alone."""
     global _pid, _number
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -47,13 +50,15 @@ def handled() -> Iterator[None]:
 
 
 def _handle(number: int, frame) -> None:
-    global _number
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_DFL)
-    if os.getpid() != _pid:  # a forked child has inherited this handler and is none of its business
+    global _number, _since
+    again = _number is not None
+    if again and monotonic() - _since < SAME:
+        return
+    if again or os.getpid() != _pid:  # a forked child has inherited this handler and is none of its business
+        signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         return
-    _number = number
+    _number, _since = number, monotonic()
     if not _deferred:
         raise Stopped(number)
 

@@ -201,7 +201,6 @@ def test_a_signal_ends_the_run_within_the_step_and_it_goes_on_exactly(
         with pytest.raises(stopping.Stopped) as stopped:
             make_trainer(shapes, tmp_path, **STEPS | EVERY[every]).train()
         assert stopped.value.number == signal.SIGTERM
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends it at once
     assert newest_checkpoint(tmp_path).name == f"checkpoint-{saved}"
     # another seed: nothing may come from a fresh start
     again = make_trainer(shapes, tmp_path, seed=9, **STEPS | EVERY[every])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -268,7 +269,8 @@ def test_a_refusal_is_one_line_and_not_repeated(hub, tmp_path):
 def test_a_large_file_that_is_refused_is_one_line(hub, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # the variable is read at import
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    hub.failures += [("/objects/", 403)]
+    digest = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    hub.failures += [(f"/objects/{digest}", 403)]
     with pytest.raises(UserError, match="Error while uploading 'model.safetensors'.*the student is in"):
         call_hub(lambda: upload(hub, tmp_path), "the student is in here", wait=0.01)
     assert not hub.failures
