@@ -13,7 +13,7 @@ LAYERS = [
     {"criterion", "fast_criterion", "features", "losses", "matching", "questions", "sampling", "targets"},
     {"models", "methods"},
     {"classes", "distiller", "ema", "pace", "student", "data", "evaluation", "hub", "bad_steps", "teacher_cache"},
-    {"config", "trainer", "build", "doctor", "benchmark", "compare", "selftest", "replay"},
+    {"config", "resumable", "trainer", "build", "doctor", "benchmark", "compare", "selftest", "replay"},
     {"commands"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
