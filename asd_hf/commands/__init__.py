@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -38,7 +39,8 @@ def run(command: str, argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
-        print(f"{stopped}; {stopped.advice}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{stopped}; {stopped.advice}", file=sys.stderr)
         return 128 + stopped.number
 
 
