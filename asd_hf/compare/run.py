@@ -214,8 +214,11 @@ def _costs(trainer: DistillationTrainer, clock: Clock) -> dict:
 
 
 def _curves(history: list[dict], costs: dict, metrics: dict) -> dict[str, list[dict]]:
-    """What was logged, in two lists: while training, and at evaluations, the last of them at the end of training."""
-    train = [entry for entry in history if "loss" in entry]
+    """What was logged, in two lists: while training, and at evaluations, the last of them at the end of training.
+
+    The times of single phases are left out: records of the same run shall be the same.
+    """
+    train = [{k: v for k, v in entry.items() if not k.endswith("_runtime")} for entry in history if "loss" in entry]
     prefix = "eval_ema_" if any("eval_ema_AP" in entry for entry in history) else "eval_"
     names = {f"{prefix}{stat}": stat for stat in STATS}
     evaluations = [
