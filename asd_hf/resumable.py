@@ -1,4 +1,4 @@
-"""Transformers' Trainer whose runs are not lost: whole checkpoints, exact resume, orderly stops, bad steps left out."""
+"""Transformers' Trainer that loses nothing: whole checkpoints, exact resume, orderly stops, bad steps left out."""
 
 from __future__ import annotations
 
