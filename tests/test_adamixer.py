@@ -771,6 +771,22 @@ def test_feature_maps_of_another_width_than_the_queries_are_not_shown_to_methods
     assert adapter.spec.hidden_size == 32 and adapter.spec.capabilities == {"decode", "attention"}
 
 
+def test_boxes_and_logits_keep_full_precision_under_autocast():
+    """On the same hidden states they are those of fp32."""
+    adapter, batch = get_adapter(lively().eval(), AdaMixerImageProcessor()), tiny.batch(2)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        output = adapter(batch["pixel_values"], batch["pixel_mask"])
+    size = torch.tensor([[width, height] * 2 for height, width in tiny.SIZES[:2]])[:, None]
+    before = output.decode.own[2]
+    for number, layer in enumerate(adapter.model.model.decoder.layers):
+        offsets = layer.box_head(output.queries[number])
+        positions = modeling.refine_positions(modeling.boxes_to_positions(before * size), offsets)
+        before = output.boxes[number]
+        torch.testing.assert_close(before, modeling.positions_to_boxes(positions) / size, rtol=1e-4, atol=1e-5)
+        logits = adapter.model.class_heads[number](output.queries[number])
+        torch.testing.assert_close(output.logits[number], logits, rtol=1e-5, atol=1e-5)
+
+
 def test_batch_norm_of_a_student_from_scratch_is_trained_and_saved_frozen(tmp_path):
     adapter = get_adapter(lively(), AdaMixerImageProcessor())
     norms = [m for m in adapter.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
