@@ -162,7 +162,8 @@ class _Run:
         }
         self.sections.setdefault("training", {}).update(settings)
         self.log, self.images = (folder.with_name(f"{folder.name}.{name}") for name in ("log", "images"))
-        # Forked: what this process has imported need not be imported at each start.
+        # Forked: what this process has imported need not be imported at each start. It must not have evaluated
+        # anything: the threads of hotcoco do not live on in a fork.
         self.context = multiprocessing.get_context("fork")
         self._doing = self.context.RawValue("i", Doing.START)
 

@@ -4,32 +4,46 @@ from __future__ import annotations
 
 import random
 import re
+import subprocess
+import sys
 
 import torch
 
-from asd_hf.commands import run
-from asd_hf.commands.train import train
 from asd_hf.randomness import RandomState
 
 SMALL = ["training.max_steps=6", "training.dataloader_num_workers=0", "training.logging_steps=4"]
 
 
-def test_a_killed_run_ends_as_the_unbroken_one(capsys):
-    assert run("selftest", ["resume", "--kills", "2", "--seed", "3", *SMALL]) == 0
-    table = capsys.readouterr().out
-    assert re.search(r"2 kills survived: \d runs ended as the unbroken one, bit by bit", table)
-    assert sum(int(line.split()[1]) for line in table.splitlines()[1:6]) == 2
+def selftest(kills: int, before: str = "") -> subprocess.CompletedProcess:
+    """The command in a process of its own: it forks, which the threads of an evaluation in this one do not survive."""
+    command = f"import sys\nfrom asd_hf.commands import run\n{before}\nsys.exit(run('selftest', sys.argv[1:]))"
+    arguments = ["resume", "--kills", str(kills), "--seed", "3", *SMALL]
+    return subprocess.run([sys.executable, "-c", command, *arguments], capture_output=True, text=True, timeout=300)
 
 
-def test_what_is_lost_is_found(capsys, monkeypatch):
-    def forgetful(run):
-        run.training.max_grad_norm *= 1 + ("killed" in run.training.output_dir)
-        train(run)
+def test_a_killed_run_ends_as_the_unbroken_one():
+    done = selftest(2)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"2 kills survived: \d runs ended as the unbroken one, bit by bit", done.stdout)
+    assert sum(int(line.split()[1]) for line in done.stdout.splitlines()[1:6]) == 2
 
-    monkeypatch.setattr("asd_hf.commands.selftest.train", forgetful)
-    assert run("selftest", ["resume", "--kills", "1", "--seed", "3", *SMALL]) == 1
-    table = capsys.readouterr().out
-    assert "run killed_0: checkpoint-6/model.safetensors: " in table and "1 kills: not survived" in table
+
+FORGETFUL = """
+from asd_hf.commands import selftest
+from asd_hf.commands.train import train
+
+def forgetful(run):
+    run.training.max_grad_norm *= 1 + ("killed" in run.training.output_dir)
+    train(run)
+
+selftest.train = forgetful
+"""
+
+
+def test_what_is_lost_is_found():
+    done = selftest(1, FORGETFUL)
+    assert done.returncode == 1, done.stderr
+    assert "run killed_0: checkpoint-6/model.safetensors: " in done.stdout and "1 kills: not survived" in done.stdout
 
 
 def test_all_generators_go_back():
