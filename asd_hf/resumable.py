@@ -30,7 +30,7 @@ from .vote import Vote
 logger = logging.getLogger(__name__)
 
 KEPT_BAD_STEPS = 3  # each is as large as the student
-_TORCH_WRITER = "inline_container"  # stands in what torch.save says of a file that cannot be written
+_TORCH_WRITER = ("inline_container", "iostream")  # stand in what torch.save says of a file that cannot be written
 LOG_WINDOW = "log_window_{rank}.safetensors"  # what is summed up for the next entry of the log
 
 
@@ -83,9 +83,9 @@ class ResumableTrainer(Trainer):
         self._guard = self._left = self._random_state = self._closed_step = self._saved_step = None
         if resume_from_checkpoint:
             resume_from_checkpoint = str(resume_from_checkpoint)
+            require_same(Path(resume_from_checkpoint).parent, source.faults)
             self._left = self._check_data(resume_from_checkpoint)["left"]
             self.args.eval_on_start = False  # it was done
-            require_same(Path(resume_from_checkpoint).parent, source.faults)
         if self.is_world_process_zero():
             write_left_out(Path(self.args.output_dir), source.faults)
         try:
@@ -263,7 +263,7 @@ class ResumableTrainer(Trainer):
                 rotate(checkpoint, self.args.save_total_limit, state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
         except (OSError, SafetensorError, RuntimeError) as error:
-            if type(error) is RuntimeError and _TORCH_WRITER not in str(error):
+            if type(error) is RuntimeError and not any(part in str(error) for part in _TORCH_WRITER):
                 raise
             clear(self._partial)
             reason = " ".join(str(error).split())[:200]

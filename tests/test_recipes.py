@@ -22,6 +22,7 @@ STAND_INS = {
     "outputs/adamixer/none_r101": "adamixer",
     "outputs/adamixer/r101_300_queries_3x": "adamixer",
     "outputs/bench/bccd_teacher": "deformable_detr",
+    "outputs/bench/real_size_teacher": "deformable_detr",
     "outputs/bench/shapes_hard_teacher": "deformable_detr",
     "outputs/deformable_detr/none_r101": "deformable_detr",
     "outputs/shapes/rt_detr_teacher": "rt_detr",
