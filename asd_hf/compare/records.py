@@ -100,14 +100,13 @@ def mean_ap(runs: Sequence[dict]) -> float:
 
 
 def teachers(runs: Sequence[dict]) -> dict[str, float]:
-    """AP of each teacher by what to call it: "teacher", or "teacher of ..." if methods had different ones."""
+    """AP of each teacher by what to call it: "teacher" for that of most methods, "teacher of ..." for others."""
     taught: dict[float, dict[str, None]] = {}
     for run in runs:
         if run["teacher"] is not None:
             taught.setdefault(round(run["teacher"]["AP"], 4), {})[run["method"]] = None
-    if len(taught) == 1:
-        return {"teacher": next(iter(taught))}
-    return {f"teacher of {', '.join(methods)}": ap for ap, methods in taught.items()}
+    usual = max(taught, key=lambda ap: len(taught[ap]), default=None)
+    return {"teacher" if ap == usual else f"teacher of {', '.join(methods)}": ap for ap, methods in taught.items()}
 
 
 class Curve(NamedTuple):
