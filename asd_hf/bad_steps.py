@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
-
-logger = logging.getLogger(__name__)
 
 FOLDER = "_bad_steps"  # of the output folder; the underscore keeps it off the Hub
 BATCHES = "batches_{rank}.safetensors"

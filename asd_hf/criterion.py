@@ -32,7 +32,7 @@ class Stage:
 
     Attributes:
         logits, boxes: (L, B, Q, C) and (L, B, Q, 4).
-        copies: of each target for a layer to find: groups of queries, see `match_targets`, or of denoising queries.
+        copies: of each target for a layer to find: groups of queries, see `start_matching`, or of denoising queries.
         pairs: known ones, of the first layer alone, that need no matching.
         agnostic: the predictions tell objects from background alone: class 0 stands for every object.
         sides, frames: distributions over the sides of boxes, see `losses.fine_grained_loss`.

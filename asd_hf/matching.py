@@ -14,32 +14,25 @@ from .phases import phase
 Pairs = tuple[Tensor, Tensor]  # (N,) indices of queries, counted over L * B * Q, and of targets, over all images
 
 
-def match_targets(costs: Sequence[Tensor], counts: np.ndarray, groups: int = 1) -> list[Pairs]:
-    """Matches queries with ground truth.
+@torch.no_grad()
+def start_matching(
+    costs: Sequence[Tensor], counts: np.ndarray, groups: int = 1, with_union: bool = False
+) -> Callable[[], list[Pairs]]:
+    """Begins to match queries with ground truth: sends the costs to the host.
+
+    What the device is told before the returned function is called it computes while the host matches.
 
     Args:
         costs: one (L, B, Q, G) a set of predictions, of each query for each target of its image. What lies in memory
             as (L, B, G, Q) is matched fastest.
         counts: (B,) how many targets each image has; columns beyond are padding.
         groups: the queries of an image are so many groups, one after another, each matched with all of its targets.
+        with_union: at the end also the pairs of `_union`, queries counted over B * Q.
 
     Returns:
-        For each cost the indices of matched pairs: queries counted over L * B * Q, ascending, and targets over all
-        images. Where there are more targets than queries, some have none.
-    """
-    return start_matching(costs, counts, groups)()
-
-
-@torch.no_grad()
-def start_matching(
-    costs: Sequence[Tensor], counts: np.ndarray, groups: int = 1, with_union: bool = False
-) -> Callable[[], list[Pairs]]:
-    """Sends the costs to the host and returns the function that waits for them and gives `match_targets`.
-
-    What the device is told in between it computes while the host matches.
-
-    Args:
-        with_union: at the end also the pairs of `_union`, queries counted over B * Q.
+        A function that waits for the costs and gives for each of them the indices of matched pairs: queries counted
+        over L * B * Q, ascending, and targets over all images. Where there are more targets than queries, some have
+        none.
     """
     device = costs[0].device
     # Targets before queries: rows are then contiguous, and the solver need not turn the matrix by itself.

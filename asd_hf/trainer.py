@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -34,8 +33,6 @@ from .phases import phase
 from .resumable import ResumableTrainer
 from .student import SELF_TAUGHT
 from .teacher_cache import TeacherCache
-
-logger = logging.getLogger(__name__)
 
 METHOD_WEIGHTS = "_method.safetensors"  # the underscore keeps it off the Hub: Trainer does not upload `_*`
 RUN_CONFIG = "asd_hf.yaml"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from asd_hf.matching import match_sets, match_targets, start_matching
+from asd_hf.matching import match_sets, start_matching
 
 
 def costs(*shape, seed=0):
@@ -44,7 +44,7 @@ def test_targets_are_matched_as_by_trying_all():
     """Two sets of predictions, of 2 and of 1 layers; images with 2, 0, 5 and 1 targets, padded to 5, of 4 queries."""
     counts = np.array([2, 0, 5, 1])
     given = [costs(2, 4, 4, 5), costs(1, 4, 6, 5, seed=1)]
-    for cost, (query, target) in zip(given, match_targets(given, counts), strict=True):
+    for cost, (query, target) in zip(given, start_matching(given, counts)(), strict=True):
         layers, images, queries, _ = cost.shape
         want = set()
         for layer in range(layers):
@@ -61,7 +61,7 @@ def test_groups_of_queries_are_each_matched_with_all_targets(queries_last):
     counts, cost = np.array([2, 0, 5]), costs(2, 3, 12, 5)
     if queries_last:
         cost = cost.transpose(2, 3).contiguous().transpose(2, 3)
-    ((query, target),) = match_targets([cost], counts, groups=3)
+    ((query, target),) = start_matching([cost], counts, groups=3)()
     want = set()
     for layer in range(2):
         for image in (0, 2):
@@ -89,12 +89,12 @@ def test_the_union_has_for_each_query_the_target_that_most_layers_gave_it():
 def test_padding_is_never_matched():
     cost = costs(1, 2, 4, 3)
     cost[0, 0, :, 1:] = -1000.0
-    ((_, target),) = match_targets([cost], np.array([1, 3]))
+    ((_, target),) = start_matching([cost], np.array([1, 3]))()
     assert sorted(target.tolist()) == [0, 1, 2, 3]
 
 
 def test_batches_without_targets_have_no_pairs():
-    for query, target in match_targets([costs(2, 3, 4, 1), costs(1, 3, 4, 1)], np.zeros(3, dtype=int)):
+    for query, target in start_matching([costs(2, 3, 4, 1), costs(1, 3, 4, 1)], np.zeros(3, dtype=int))():
         assert query.shape == target.shape == (0,) and query.dtype == target.dtype == torch.int64
 
 

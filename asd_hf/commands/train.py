@@ -24,8 +24,6 @@ from ..stopping import advise
 from ..student import StudentConfig
 from ..trainer import RUN_CONFIG, DistillationTrainer
 
-logger = logging.getLogger(__name__)
-
 
 def main(argv: list[str]) -> None:
     """Trains, evaluates teacher and student, and writes both models' numbers, the student and its card."""

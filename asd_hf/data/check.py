@@ -27,6 +27,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..files import write_whole
 from .cache import build_once, cache_root, digest
 from .faults import NOTES, BadRow, Fault, box_note, first_of
 from .rows import Source, read_rows, stream_of
@@ -167,10 +168,8 @@ def write_left_out(folder: Path, faults: list[Fault]) -> None:
     """Writes what a run leaves out as `folder/skipped_rows.jsonl`, a line a row; no file if nothing is left out."""
     file = folder / LEFT_OUT
     if faults:
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = file.with_name(f"{LEFT_OUT}.new")
-        beside.write_text("".join(json.dumps(asdict(fault)) + "\n" for fault in faults), encoding="utf-8")
-        beside.replace(file)  # whole at any time: other ranks may be reading it
+        # Whole at any time: other ranks may be reading it
+        write_whole(file, "".join(json.dumps(asdict(fault)) + "\n" for fault in faults))
     else:
         file.unlink(missing_ok=True)
 

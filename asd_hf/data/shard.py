@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ from tqdm.auto import tqdm
 from ..errors import UserError
 from ..files import checksum, write_whole
 from .rows import Source, cut_evenly, read_rows
-
-logger = logging.getLogger(__name__)
 
 ROWS_PER_SHARD = 1000
 ROW_GROUP = 64  # rows written, and later read, at a time

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,8 +24,6 @@ from ..methods import CombinedMethod, DistillationMethod
 from ..methods.base import name_of
 from .form import restore
 from .manifest import COMMON, FIELDS, MANIFEST, named, read_manifest
-
-logger = logging.getLogger(__name__)
 
 
 class TeacherCache:
