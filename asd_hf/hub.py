@@ -122,7 +122,7 @@ def write_model_card(
     needs, imports = "asd_hf is not needed to use it.", ""
     if student_info["architecture"] in models.__all__:
         needs = "its architecture comes with asd_hf, whose import makes it known to Transformers."
-        imports = "import asd_hf.models\n"
+        imports = "import asd_hf\n"
     bibtex = "\n\n".join(paper["bibtex"].strip() for paper in papers)
     card = ModelCard(
         CARD.format(

@@ -24,7 +24,6 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from . import models  # noqa: F401 - Transformers' Auto classes know them from here on
 from .classes import find_classes, rename_classes, short_list
 from .detectors import ADAPTERS, adapter_class, get_adapter
 from .detectors.base import DetectorAdapter

@@ -6,6 +6,8 @@ every intermediate of every layer, predictions, matching, losses, gradients and 
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -609,6 +611,13 @@ def test_compiled_and_exported_it_answers_the_same():
 
 
 # -- in Transformers --------------------------------------------------------------------------------------------------
+
+
+def test_importing_the_package_is_enough():
+    """In a process of its own: this one has imported more."""
+    command = "import asd_hf; from transformers import AutoConfig as C; print(C.for_model('adamixer').num_queries)"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert done.stdout == "100\n", done.stderr
 
 
 def test_saved_and_loaded_through_the_auto_classes(tmp_path):

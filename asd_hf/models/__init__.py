@@ -1,8 +1,5 @@
-"""Models that Transformers does not have, laid out as it lays out its own.
-
-Importing this package makes them known to the Auto classes. `import asd_hf` alone does not: it would load PyTorch and
-Transformers with it. Whatever loads or builds a detector here imports this package.
-"""
+"""Models that Transformers does not have, laid out as it lays out its own. Importing them makes them known to the Auto
+classes; `import asd_hf` does."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
 
