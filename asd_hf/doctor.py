@@ -12,7 +12,6 @@ from time import perf_counter
 
 import psutil
 import torch
-from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from .build import Parts
@@ -20,6 +19,7 @@ from .classes import short_list
 from .data import resize_spec, teacher_view
 from .detectors.base import DetectorAdapter, DetectorSpec
 from .errors import UserError
+from .progress import tqdm
 from .trainer import DistillationTrainer, make_criterion
 
 logger = logging.getLogger(__name__)

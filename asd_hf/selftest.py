@@ -18,11 +18,11 @@ from time import monotonic, sleep
 
 import torch
 from safetensors.torch import load_file
-from tqdm.auto import tqdm
 from transformers.trainer_pt_utils import safe_globals
 
 from .checkpoints import MANIFEST, PARTIAL
 from .errors import UserError
+from .progress import tqdm
 from .trainer import DistillationTrainer
 
 # Tiny, and with all that makes a resumed run differ where it is done carelessly: rows shuffled in a buffer by two

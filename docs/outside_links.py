@@ -1,4 +1,4 @@
-"""For mkdocs: links to files of the repository outside docs/ become plain text, for a site does not have these files."""
+"""For mkdocs: links to files of the repository outside docs/, which a site does not have, become plain text."""
 
 import re
 

@@ -242,3 +242,17 @@ def test_make_shapes_and_shard(tmp_path):
     arguments = ["--data", tmp_path / "s", "--split", "val", "--output", tmp_path / "p", "--num-shards", "2"]
     assert "3 images in 2 shards" in run("-m", "asd_hf.commands", "shard", *arguments).stdout
     assert open_source(str(tmp_path / "p"), "val").num_rows == 3
+
+
+def test_quiet_leaves_results_and_warnings(tmp_path, world):
+    settings = [f"training.output_dir={tmp_path}", "training.max_steps=1", "training.logging_steps=1"]
+    done = run("scripts/train.py", "--quiet", "--config", world / "run.yaml", *settings)
+    assert done.stdout.split()[:2] == ["model", "params"] and "{" not in done.stdout
+    assert not any(word in done.stderr for word in ("it/s", "batch/s", " OK ", "error"))
+
+
+def test_doctor_writes_what_it_found(tmp_path, world):
+    arguments = ["--config", world / "run.yaml", "--images", "0", "--steps", "0", "--json", tmp_path / "found.json"]
+    table = run("-m", "asd_hf.commands", "doctor", *arguments).stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [line.split("  ")[0] for line in table.splitlines()] == [finding["topic"] for finding in found]

@@ -41,7 +41,9 @@ def test_the_site_builds_without_a_warning(tmp_path, caplog):
     build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True))
     assert "DistillationTrainer" in (tmp_path / "api" / "training" / "index.html").read_text()
     pages = "".join(page.read_text() for page in tmp_path.rglob("*.html"))
-    assert not re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"?https?://", pages)  # it asks nothing of another server
+    assert not re.findall(
+        r"<(?:script|link|img)[^>]*(?:src|href)=\"?https?://", pages
+    )  # it asks nothing of another server
 
 
 def test_the_notebook_runs(tmp_path):

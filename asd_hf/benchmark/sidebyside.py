@@ -11,7 +11,8 @@ from time import perf_counter
 from typing import TypeVar
 
 import numpy as np
-from tqdm.auto import tqdm
+
+from ..progress import tqdm
 
 T = TypeVar("T")
 

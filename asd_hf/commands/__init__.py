@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 
 from ..errors import UserError
+from ..progress import QUIET
 from ..registry import nearest
 from ..stopping import Stopped, handled
 
@@ -29,12 +30,17 @@ COMMANDS = {
 def run(command: str, argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
-    A user's mistake is one line on stderr and exit code 2; SIGTERM and SIGINT are one line, and 143 and 130.
+    A user's mistake is one line on stderr and exit code 2; SIGTERM and SIGINT are one line, and 143 and 130. Every
+    command takes `--quiet`.
     """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--quiet" in argv:
+        argv.remove("--quiet")
+        os.environ[QUIET] = "1"
     try:
         with handled():
             main = import_module(f".{command.replace('-', '_')}", __name__).main
-            return main(sys.argv[1:] if argv is None else argv) or 0
+            return main(argv) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -48,7 +54,7 @@ def cli() -> int:
     """`asd-hf <command> ...`"""
     command, *argv = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
-        print("usage: asd-hf COMMAND ...; asd-hf COMMAND --help tells more\n")
+        print("usage: asd-hf COMMAND ...; asd-hf COMMAND --help tells more; --quiet shows results and warnings only\n")
         print("\n".join(f"  {name:<16} {text}" for name, text in COMMANDS.items()))
         return 0
     if command not in COMMANDS:

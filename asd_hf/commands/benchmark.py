@@ -18,8 +18,8 @@ from ..config import build_methods, load_config
 from ..errors import UserError
 from ..fast_criterion import LOSSES
 from ..methods import METHODS, MethodConfig
+from ..progress import show_logs
 from ..registry import nearest
-from .train import report_progress
 
 
 def main(argv: list[str]) -> None:
@@ -55,7 +55,7 @@ def step(argv: list[str]) -> None:
     run = load_config(args.config, args.overrides)
     names = args.methods and [name.strip() for name in args.methods.split(",")]
     methods = _methods(args.variants, names, run.methods)
-    report_progress(run.training.process_index)
+    show_logs(run.training.process_index)
     set_seed(run.training.seed)
     with tempfile.TemporaryDirectory() as folder:
         run.training.leave_no_trace(folder)

@@ -21,8 +21,8 @@ from ..detectors.base import DetectorOutput
 from ..errors import UserError
 from ..hub import call_hub
 from ..methods import CombinedMethod, DistillationMethod
+from ..progress import show_logs
 from ..teacher_cache import CacheWriter, Contents, TeacherCache
-from .train import report_progress
 
 
 def main(argv: list[str]) -> None:
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_intermixed_args(argv)
     run = load_config(args.config, args.overrides)
     run.model.teacher_cache = None  # what is to be built
-    report_progress(run.training.process_index)
+    show_logs(run.training.process_index)
     set_seed(run.training.seed)
     try:
         _cache(run, args)

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..config import parse_overrides
 from ..data import NOTES, REMEDIES, DataConfig, Fault, Report, Source, check_source, open_source, open_unlabelled
 from ..errors import UserError
-from .train import report_progress
+from ..progress import show_logs
 
 EXAMPLES = 3  # of each kind, shown
 
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers is {args.workers}: at least 1 is needed")
-    report_progress(rank=0)
+    show_logs(rank=0)
     config = parse_overrides(DataConfig, {"source": args.source}, "data", args.overrides)
     splits = args.split or [name for name in (config.train_split, config.eval_split) if name is not None]
     openers = {split: partial(open_source, config.source, split, config, keep_bad=True) for split in splits}

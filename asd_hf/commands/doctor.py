@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
+from dataclasses import asdict
+from pathlib import Path
 
 from transformers import set_seed
 
@@ -9,7 +12,8 @@ from ..build import Parts
 from ..config import load_config
 from ..doctor import REFUSED, Finding, check, format_findings, measure_gradients, measure_steps, measure_teacher
 from ..errors import UserError
-from .train import report_progress
+from ..files import write_whole
+from ..progress import show_logs
 
 
 def main(argv: list[str]) -> None:
@@ -26,10 +30,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--steps", type=_count, default=5, metavar="N", help="measure time, memory and gradients in these (default: 5)"
     )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was found to this file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
     args = parser.parse_intermixed_args(argv)
     run = load_config(args.config, args.overrides)
-    report_progress(run.training.process_index)
+    show_logs(run.training.process_index)
     set_seed(run.training.seed)
     parts = Parts(run)
     findings, gradients = check(parts), []
@@ -41,6 +46,8 @@ def main(argv: list[str]) -> None:
                 findings.append(Finding("training", REFUSED, str(error)))
     if run.training.process_index == 0:
         print(format_findings(findings))
+        if args.json is not None:
+            write_whole(args.json, json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
         if len(gradients) > 1:
             widths = [max(map(len, column)) for column in zip(*gradients, strict=True)]
             print()

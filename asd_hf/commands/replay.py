@@ -7,9 +7,9 @@ from pathlib import Path
 from ..build import Parts
 from ..config import load_config
 from ..errors import UserError
+from ..progress import show_logs
 from ..replay import replay
 from ..trainer import RUN_CONFIG
-from .train import report_progress
 
 
 def main(argv: list[str]) -> None:
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     if not (args.folder / RUN_CONFIG).is_file():
         raise UserError(f"{args.folder} holds no step that was left out: it has no {RUN_CONFIG}")
     run = load_config(args.folder / RUN_CONFIG, args.overrides)
-    report_progress(run.training.process_index)
+    show_logs(run.training.process_index)
     with tempfile.TemporaryDirectory() as folder:
         run.training.leave_no_trace(folder)
         rows = replay(Parts(run), args.folder)

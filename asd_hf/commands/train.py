@@ -2,13 +2,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 from pathlib import Path
 
 import yaml
 from huggingface_hub import create_repo
-from transformers import set_seed
-from transformers.utils.logging import disable_progress_bar
+from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from ..build import Parts
 from ..checkpoints import all_checkpoints, newest_checkpoint, read_manifest, writing
@@ -20,6 +18,7 @@ from ..evaluation import TOP_K, format_table, milliseconds_per_image
 from ..files import write_whole
 from ..hub import call_hub, is_hub_id
 from ..methods import get_method
+from ..progress import is_quiet, show_logs
 from ..stopping import advise
 from ..student import StudentConfig
 from ..trainer import RUN_CONFIG, DistillationTrainer
@@ -52,7 +51,7 @@ def train(run: RunConfig) -> dict:
     with writing(Path(args.output_dir)):
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     checkpoint = _checkpoint(run)
-    report_progress(args.process_index)
+    show_logs(args.process_index)
     set_seed(args.seed)
 
     parts = Parts(run)
@@ -62,6 +61,9 @@ def train(run: RunConfig) -> dict:
         name = args.hub_model_id or Path(args.output_dir).absolute().name
         call_hub(lambda: create_repo(name, private=args.hub_private_repo, exist_ok=True), "training has not begun")
     trainer = parts.trainer()
+    if is_quiet():
+        for callback in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(callback)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.watch_attention(False)  # models are timed as they will be used
     with writing(Path(args.output_dir)):
@@ -78,15 +80,6 @@ def train(run: RunConfig) -> dict:
     if args.push_to_hub:
         call_hub(trainer.push_to_hub, f"the student is complete in {args.output_dir}")
     return metrics
-
-
-def report_progress(rank: int) -> None:
-    """Shows what this package logs: everything on rank 0, warnings of the others. Other packages stay as set."""
-    package = logging.getLogger("asd_hf")
-    package.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    if not package.handlers:
-        package.addHandler(logging.StreamHandler())
-    disable_progress_bar()  # Transformers' own, of every checkpoint written; Trainer's and ours stay
 
 
 def _checkpoint(run: RunConfig) -> Path | None:

@@ -13,9 +13,9 @@ from pathlib import Path
 from time import monotonic
 
 import torch
-from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..progress import tqdm
 from .plan import Plan
 from .run import STEP_LINE, read_plan, write_plan
 

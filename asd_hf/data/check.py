@@ -24,10 +24,10 @@ from typing import Any
 import datasets
 import torch.distributed as dist
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..files import write_whole
+from ..progress import tqdm
 from .cache import build_once, cache_root, digest
 from .faults import NOTES, BadRow, Fault, box_note, first_of
 from .rows import Source, read_rows, stream_of

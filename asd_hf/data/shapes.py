@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..progress import tqdm
 
 CLASS_NAMES = ("circle", "square", "triangle", "star", "cross")
 SPLITS = ("train", "val")

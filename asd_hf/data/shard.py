@@ -17,10 +17,10 @@ from datasets.info import DatasetInfosDict
 from datasets.splits import SplitDict, SplitInfo
 from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..files import checksum, write_whole
+from ..progress import tqdm
 from .rows import Source, cut_evenly, read_rows
 
 ROWS_PER_SHARD = 1000

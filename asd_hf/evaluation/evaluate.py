@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from ..classes import match_classes, short_list
 from ..detectors.base import DetectorAdapter
+from ..progress import tqdm
 from .coco import CocoEvaluator
 from .predict import postprocess
 

@@ -12,7 +12,6 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..data.cache import cache_root, digest
 from ..data.transforms import Geometry
@@ -22,6 +21,7 @@ from ..files import checksum
 from ..hub import call_hub, is_hub_id
 from ..methods import CombinedMethod, DistillationMethod
 from ..methods.base import name_of
+from ..progress import tqdm
 from .form import restore
 from .manifest import COMMON, FIELDS, MANIFEST, named, read_manifest
 

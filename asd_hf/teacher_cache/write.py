@@ -17,7 +17,6 @@ from huggingface_hub import DatasetCardData
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from tqdm.auto import tqdm
 
 from ..classes import keep_classes
 from ..data import DataConfig, Source, teacher_view
@@ -36,6 +35,7 @@ from ..detectors.base import DetectorAdapter, DetectorOutput
 from ..errors import UserError
 from ..files import checksum, write_whole
 from ..hub import without_folders
+from ..progress import tqdm
 from .form import encode, learnt_question
 from .manifest import (
     COMMON,
