@@ -595,19 +595,48 @@ def test_of_boxes_without_area_positions_are_finite():
     torch.testing.assert_close(modeling.positions_to_boxes(positions)[3], boxes[3])
 
 
-def test_compiled_and_exported_it_answers_the_same():
-    model = lively().eval()
+@pytest.fixture(scope="module")
+def exported():
+    """A model of one layer, inputs, and its program for any number of images of any size."""
+    model = lively("eager").eval()
     model.model.decoder.layers, model.class_heads = model.model.decoder.layers[:1], model.class_heads[:1]
     inputs = example(model)
     del inputs["labels"]
+    auto = torch.export.Dim.AUTO
+    shapes = {"pixel_values": {0: auto, 2: auto, 3: auto}, "pixel_mask": dict.fromkeys(range(3), auto)}
+    return model, inputs, torch.export.export(model, (), inputs, dynamic_shapes=shapes)
+
+
+def another_batch():
+    return {"pixel_values": torch.randn(3, 3, 96, 128), "pixel_mask": torch.ones(3, 96, 128, dtype=torch.bool)}
+
+
+def test_compiled_and_exported_it_answers_the_same(exported):
+    model, inputs, program = exported
+    torch.compiler.reset()
+    compiled, program = torch.compile(model, backend="aot_eager", fullgraph=True), program.module()
     with torch.no_grad():
-        expected = model(**inputs)
-        torch.compiler.reset()
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs)
-        exported = torch.export.export(model, (), inputs).module()(**inputs)
-    for output in (compiled, exported):
-        torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(output.pred_boxes, expected.pred_boxes, rtol=1e-4, atol=1e-4)
+        for each, batch in ((compiled, inputs), (program, inputs), (program, another_batch())):
+            output, expected = each(**batch), model(**batch)
+            torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(output.pred_boxes, expected.pred_boxes, rtol=1e-4, atol=1e-4)
+
+
+def test_onnx_answers_the_same_without_a_loop_over_points(exported, tmp_path):
+    pytest.importorskip("onnxscript", reason="it writes the file")
+    runtime = pytest.importorskip("onnxruntime", reason="it runs the file")
+    model, inputs, program = exported
+    names = ["logits", "pred_boxes"]
+    program = torch.onnx.export(program, dynamo=True, output_names=names, verbose=False)
+    assert not {"Loop", "Scan", "SequenceEmpty"} & {node.op_type for node in program.model.graph}
+    program.save(tmp_path / "model.onnx")
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for batch in (inputs, another_batch()):
+        with torch.no_grad():
+            expected = model(**batch)
+        found = session.run(names, {name: tensor.numpy() for name, tensor in batch.items()})
+        for name, array in zip(names, found, strict=True):
+            torch.testing.assert_close(torch.from_numpy(array), expected[name], rtol=1e-4, atol=1e-4)
 
 
 # -- in Transformers --------------------------------------------------------------------------------------------------
