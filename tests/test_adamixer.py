@@ -5,6 +5,7 @@ every intermediate of every layer, predictions, matching, losses, gradients and 
 """
 
 import json
+import logging
 import math
 import subprocess
 import sys
@@ -595,19 +596,48 @@ def test_of_boxes_without_area_positions_are_finite():
     torch.testing.assert_close(modeling.positions_to_boxes(positions)[3], boxes[3])
 
 
-def test_compiled_and_exported_it_answers_the_same():
-    model = lively().eval()
+@pytest.fixture(scope="module")
+def exported():
+    """A model of one layer, inputs, and its program for any number of images of any size."""
+    model = lively("eager").eval()
     model.model.decoder.layers, model.class_heads = model.model.decoder.layers[:1], model.class_heads[:1]
     inputs = example(model)
     del inputs["labels"]
+    auto = torch.export.Dim.AUTO
+    shapes = {"pixel_values": {0: auto, 2: auto, 3: auto}, "pixel_mask": dict.fromkeys(range(3), auto)}
+    return model, inputs, torch.export.export(model, (), inputs, dynamic_shapes=shapes)
+
+
+def another_batch():
+    return {"pixel_values": torch.randn(3, 3, 96, 128), "pixel_mask": torch.ones(3, 96, 128, dtype=torch.bool)}
+
+
+def test_compiled_and_exported_it_answers_the_same(exported):
+    model, inputs, program = exported
+    torch.compiler.reset()
+    compiled, program = torch.compile(model, backend="aot_eager", fullgraph=True), program.module()
     with torch.no_grad():
-        expected = model(**inputs)
-        torch.compiler.reset()
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs)
-        exported = torch.export.export(model, (), inputs).module()(**inputs)
-    for output in (compiled, exported):
-        torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(output.pred_boxes, expected.pred_boxes, rtol=1e-4, atol=1e-4)
+        for each, batch in ((compiled, inputs), (program, inputs), (program, another_batch())):
+            output, expected = each(**batch), model(**batch)
+            torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(output.pred_boxes, expected.pred_boxes, rtol=1e-4, atol=1e-4)
+
+
+def test_onnx_answers_the_same_without_a_loop_over_points(exported, tmp_path):
+    pytest.importorskip("onnxscript", reason="it writes the file")
+    runtime = pytest.importorskip("onnxruntime", reason="it runs the file")
+    model, inputs, program = exported
+    names = ["logits", "pred_boxes"]
+    program = torch.onnx.export(program, dynamo=True, output_names=names, verbose=False)
+    assert not {"Loop", "Scan", "SequenceEmpty"} & {node.op_type for node in program.model.graph}
+    program.save(tmp_path / "model.onnx")
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for batch in (inputs, another_batch()):
+        with torch.no_grad():
+            expected = model(**batch)
+        found = session.run(names, {name: tensor.numpy() for name, tensor in batch.items()})
+        for name, array in zip(names, found, strict=True):
+            torch.testing.assert_close(torch.from_numpy(array), expected[name], rtol=1e-4, atol=1e-4)
 
 
 # -- in Transformers --------------------------------------------------------------------------------------------------
@@ -620,7 +650,7 @@ def test_importing_the_package_is_enough():
     assert done.stdout == "100\n", done.stderr
 
 
-def test_saved_and_loaded_through_the_auto_classes(tmp_path):
+def test_saved_and_loaded_through_the_auto_classes(tmp_path, caplog, monkeypatch):
     model = lively().eval()
     model.model.query_boxes[0] = torch.tensor([0.3, 0.4, 0.5, 0.6])
     with torch.no_grad():
@@ -640,7 +670,9 @@ def test_saved_and_loaded_through_the_auto_classes(tmp_path):
     assert type(core) is AdaMixerModel
     assert torch.equal(core(inputs["pixel_values"], inputs["pixel_mask"]).last_hidden_state, ours.last_hidden_state)
     assert type(AutoImageProcessor.from_pretrained(tmp_path)) is AdaMixerImageProcessor
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     detect = pipeline("object-detection", model=str(tmp_path))
+    assert "not supported" not in caplog.text
     found = detect(Image.new("RGB", (90, 60)), threshold=0.0)
     assert len(found) == SHAPE["num_query"] and found[0]["box"].keys() == {"xmin", "ymin", "xmax", "ymax"}
 

@@ -40,9 +40,12 @@ PAIRS = {  # teacher, student
     "boxes": ("lw_detr", "dab_detr"),
     "two stages": ("deformable_detr_two_stage", "rt_detr"),
     "sides": ("d_fine", "d_fine"),
+    "mixers": ("adamixer", "adamixer"),
+    "to a mixer": ("deformable_detr", "adamixer"),
     "no decoder": ("yolos", "conditional_detr"),
 }
-UNEQUAL = [pair for pair in PAIRS if pair not in ("alike", "sides")]
+EQUAL = ("alike", "sides", "mixers")  # numbers of queries
+UNEQUAL = [pair for pair in PAIRS if pair not in EQUAL]
 NO_DECODER = {"no decoder": "which yolos cannot give"}
 REFUSED: dict[str, dict[str, str]] = {  # method -> pair -> a part of the reason
     "asd": {"no decoder": "the teacher has 1 decoder layers"},
@@ -71,10 +74,10 @@ def make_detector(name, seed, **options):
 
 
 def make_pair(name):
-    """Student and teacher; of unequal numbers of queries unless they are to be alike."""
+    """Student and teacher; of unequal numbers of queries unless they are to be `EQUAL`."""
     teacher_name, student_name = PAIRS[name]
     student = make_detector(student_name, 0)
-    queries = {} if name in ("alike", "sides") or teacher_name == "wide" else {"num_queries": 9}
+    queries = {} if name in EQUAL or teacher_name == "wide" else {"num_queries": 9}
     return student, make_detector(teacher_name, 1, **queries)
 
 

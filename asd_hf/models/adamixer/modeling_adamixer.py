@@ -192,12 +192,8 @@ class AdaMixerSampling(nn.Module):
         num_images, num_groups, num_cells, width = cells.shape
         first = torch.arange(num_images * num_groups, device=cells.device).view(num_images, 1, num_groups, 1, 1, 1)
         index = index + first * num_cells
-        # A bag of 4 L cells for each point: their weighted sum, without ever gathering them.
-        sampled = F.embedding_bag(
-            index.flatten(4).flatten(0, 3),
-            cells.reshape(-1, width),
-            per_sample_weights=weight.flatten(4).flatten(0, 3).to(cells.dtype),
-            mode="sum",
+        sampled = _bag_sums(
+            cells.reshape(-1, width), index.flatten(4).flatten(0, 3), weight.flatten(4).flatten(0, 3).to(cells.dtype)
         )
         return sampled.view(*points.shape[:-1], width), points, shares
 
@@ -220,6 +216,14 @@ class AdaMixerSampling(nn.Module):
         index = starts[..., None] + y[..., :, None] * extent[:, 0, None] + x[..., None, :]
         weight = shares[..., 1, :, None] * shares[..., 0, None, :]
         return index.flatten(-2), weight.flatten(-2)
+
+
+def _bag_sums(rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sums (N, c) of the `rows` (., c) of each bag; `index` and `weight` are (N, 4 L)."""
+    if torch.compiler.is_exporting():  # ONNX has no bags: they would become a loop over points
+        return (weight[:, None] @ rows[index]).squeeze(1)
+    # Without ever gathering the rows.
+    return F.embedding_bag(index, rows, per_sample_weights=weight, mode="sum")
 
 
 class AdaMixerMixing(nn.Module):
@@ -477,7 +481,7 @@ class AdaMixerModel(AdaMixerPreTrainedModel):
     def initial_queries(self, size: Tensor) -> tuple[Tensor, Tensor]:
         """Contents (B, Q, D) and positions (B, Q, 4), the same for every image but for its `valid_sizes`."""
         content = F.layer_norm(self.query_content.weight, self.query_content.weight.shape[-1:])
-        return content.expand(len(size), -1, -1), self.box_positions(self.query_boxes, size)
+        return content.expand(size.shape[0], -1, -1), self.box_positions(self.query_boxes, size)
 
     @staticmethod
     def box_positions(boxes: Tensor, size: Tensor) -> Tensor:
