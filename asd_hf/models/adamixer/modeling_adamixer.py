@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from ...ops import full
 from .configuration_adamixer import AdaMixerConfig
 from .loss_adamixer import adamixer_loss
 
@@ -72,11 +73,6 @@ class AdaMixerObjectDetectionOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
     intermediate_hidden_states: Tensor | None = None
     intermediate_boxes: Tensor | None = None
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """In fp32, or wider if it was: areas of pixels overflow in half precision, and 1e-7 vanishes."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def position_sides(positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +144,7 @@ class AdaMixerSelfAttention(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         # fp32 up to here: the logarithm of 1e-7 is the answer to two boxes that do not meet.
-        bias = full_precision(self.iof_scale)[:, None, None] * (overlap + 1e-7).log()[:, None]
+        bias = full(self.iof_scale)[:, None, None] * (overlap + 1e-7).log()[:, None]
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -181,7 +177,7 @@ class AdaMixerSampling(nn.Module):
             What was read, (B, Q, G, P, c); where, (B, Q, G, P, 3) as x, y in pixels and z; and the weight of each
             level there, (B, Q, G, P, L).
         """
-        offsets = full_precision(self.offset_proj(hidden_states)).unflatten(-1, (self.num_groups, -1, 3))
+        offsets = full(self.offset_proj(hidden_states)).unflatten(-1, (self.num_groups, -1, 3))
         sides = position_sides(positions)[0][:, :, None, None]
         centre, scale = positions[:, :, None, None, :2], positions[:, :, None, None, 2:3]
         points = torch.cat([centre + offsets[..., :2] * sides, scale + offsets[..., 2:]], -1)
@@ -300,7 +296,7 @@ class AdaMixerDecoderLayer(GradientCheckpointingLayer):
         sampled = self.sampling(hidden_states, positions, cells, levels)[0]
         hidden_states = self.mixing_layer_norm(hidden_states + self.mixing(hidden_states, sampled))
         hidden_states = self.final_layer_norm(hidden_states + self.fc2(self.fc1(hidden_states).relu()))
-        return hidden_states, refine_positions(positions, full_precision(self.box_head(hidden_states)))
+        return hidden_states, refine_positions(positions, full(self.box_head(hidden_states)))
 
 
 class AdaMixerDecoder(nn.Module):
@@ -486,7 +482,7 @@ class AdaMixerModel(AdaMixerPreTrainedModel):
     @staticmethod
     def box_positions(boxes: Tensor, size: Tensor) -> Tensor:
         """Positions (B, Q, 4) of boxes (Q, 4) or (B, Q, 4) as cx, cy, w, h in [0, 1] of images of `valid_sizes`."""
-        return boxes_to_positions(full_precision(boxes) * size)
+        return boxes_to_positions(full(boxes) * size)
 
 
 class AdaMixerForObjectDetection(AdaMixerPreTrainedModel):
