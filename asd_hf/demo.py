@@ -34,13 +34,17 @@ logger = logging.getLogger(__name__)
 GRADIO = "6.31.0"  # of the Spaces that `space_files` describes
 THRESHOLD = 0.5
 LONGEST = 1280  # pixels of the longer side of pictures that are shown
-MOST_EXAMPLES = 24
+EMPHASIS = 1.6  # they are smaller than most, and on a phone much smaller
+MOST_EXAMPLES = 12
 MOST_BYTES = "30mb"  # of an image that is sent
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]  # none that the browser would fetch from elsewhere
 CSS = """
 .asd-side h3 {margin: 0}
 .asd-side p {margin: 0; color: var(--body-text-color-subdued)}
-@media (max-width: 640px) {#asd-examples .gallery {flex-wrap: nowrap; overflow-x: auto}}
+@media (max-width: 640px) {
+  #asd-examples .gallery {flex-wrap: nowrap; overflow-x: auto}
+  #asd-examples .gallery > * {flex: none}
+}
 """
 
 
@@ -54,7 +58,7 @@ def build_app(
     Args:
         model: Hub id, folder, or a key of `student.PACKAGED`.
         teacher: another one, to be shown beside it. One of open vocabulary looks for the classes of `model`.
-        examples: a folder whose images can be chosen, the first 24 of them.
+        examples: a folder whose images can be chosen, the first 12 of them.
         device: as `predict.choose_device` takes it.
 
     Raises:
@@ -79,7 +83,7 @@ def build_app(
         for number, (side, (rows, seconds)) in enumerate(zip(sides, found.sides, strict=True)):
             rows = classes.choose(rows[rows[:, 4] >= threshold], number, chosen)
             rows[:, :4] *= 2 * found.image.size
-            parts += [side.about(seconds, len(rows)), draw_boxes(found.image, rows, classes.names)]
+            parts += [side.about(seconds, len(rows)), draw_boxes(found.image, rows, classes.names, EMPHASIS)]
         return parts
 
     with gradio.Blocks(title="Object detection", analytics_enabled=False, fill_width=True) as app:
@@ -92,7 +96,9 @@ def build_app(
                     gradio.Examples(files, image, examples_per_page=MOST_EXAMPLES, elem_id="asd-examples")
             with gradio.Column(scale=len(sides), min_width=300):
                 with gradio.Row():
-                    threshold = gradio.Slider(0, 1, THRESHOLD, step=0.01, label="Least score", min_width=280)
+                    threshold = gradio.Slider(
+                        0, 1, THRESHOLD, step=0.01, label="Least score", min_width=280, elem_id="threshold"
+                    )
                     chosen = gradio.Dropdown(
                         sorted(classes.names),
                         value=[],
@@ -104,11 +110,15 @@ def build_app(
                 with gradio.Row():
                     for side in sides:
                         with gradio.Column(min_width=280):
-                            outputs.append(gradio.Markdown(side.about(), elem_classes="asd-side"))
+                            name = side.title.lower()
+                            outputs.append(
+                                gradio.Markdown(side.about(), elem_id=f"{name}-facts", elem_classes="asd-side")
+                            )
                             outputs.append(
                                 gradio.Image(
                                     label=side.title,
                                     show_label=False,
+                                    elem_id=f"{name}-picture",
                                     interactive=False,
                                     format="png",
                                     buttons=["fullscreen", "download"],
@@ -128,12 +138,13 @@ def build_app(
     return app
 
 
-def launch(app: Blocks, port: int | None = None, share: bool = False) -> None:
-    """Serves a page until the process is told to end. Nothing is reported to Gradio's makers.
+def launch(app: Blocks, port: int | None = None, share: bool = False, block: bool = True) -> None:
+    """Serves a page, by default until the process is told to end. Nothing is reported to Gradio's makers.
 
     Args:
         port: by default the first free one from 7860.
         share: also under a public address, by a tunnel through Gradio's servers.
+        block: False returns at once; `app.close()` ends it.
 
     Raises:
         UserError: the port is taken.
@@ -158,10 +169,11 @@ def launch(app: Blocks, port: int | None = None, share: bool = False) -> None:
         logger.info("and, for everyone who knows the address, at %s", app.share_url)
     elif share:
         logger.warning("there is no public address: Gradio's servers did not give one")
-    try:
-        app.block_thread()
-    finally:
-        app.close(verbose=False)
+    if block:
+        try:
+            app.block_thread()
+        finally:
+            app.close(verbose=False)
 
 
 def space_files(model_id: str, teacher_id: str | None = None, requirement: str = "asd-hf[demo]") -> dict[str, str]:

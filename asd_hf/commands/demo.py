@@ -22,6 +22,5 @@ def main(argv: list[str]) -> None:
     if args.port is not None and not 0 < args.port < 1 << 16:
         raise UserError(f"--port is {args.port}: ports are from 1 to 65535")
     report_progress(rank=0)
-    app = build_app(args.model, args.teacher, args.examples, args.device)
     with advise(lambda: "the page is no longer served"):
-        launch(app, args.port, args.share)
+        launch(build_app(args.model, args.teacher, args.examples, args.device), args.port, args.share)

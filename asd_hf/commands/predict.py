@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
         metavar="DATA=MODEL",
         help="what the model calls a class of --annotations, where the names differ; may be given several times",
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     for name, value in (("--batch-size", args.batch_size), ("--every", args.every)):
         if value < 1:
             raise UserError(f"{name} is {value}: at least 1 is needed")

@@ -21,7 +21,7 @@ QUALITY = 90  # of JPEG and WebP
 CROWDED = 0.15  # of a label's area that others may cover before it gives up its score, and then its name
 
 
-def draw_boxes(image: Image.Image, rows: np.ndarray, class_names: Sequence[str]) -> Image.Image:
+def draw_boxes(image: Image.Image, rows: np.ndarray, class_names: Sequence[str], emphasis: float = 1.0) -> Image.Image:
     """A picture of `image` with boxes, each with class and score where there is room; small images are enlarged.
 
     Every box has two lines, a light and a dark one, so that it shows on any ground. Labels stay inside the picture and
@@ -29,29 +29,56 @@ def draw_boxes(image: Image.Image, rows: np.ndarray, class_names: Sequence[str])
 
     Args:
         rows: (K, 6) of (x, y, w, h, score, class index) in pixels of `image`, the best first.
+        emphasis: of lines and letters, above 1 for pictures that will be shown small.
     """
     factor = max(1, SMALL // max(image.size))
     size = image.width * factor, image.height * factor
     picture = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
-    scale = (picture.width * picture.height) ** 0.5
+    scale = emphasis * (picture.width * picture.height) ** 0.5
     line, font = max(2, round(scale / 320)), _font(max(LEAST_FONT, round(scale / 48)))
     boxes = [_corners(row[:4] * factor, picture.size, line) for row in rows]
     for box, row in reversed(list(zip(boxes, rows, strict=True))):  # the best one last, on top
         colour = COLOURS[int(row[5]) % len(COLOURS)]
         draw.rectangle(_grown(box, 1), outline=_contrast(colour), width=line + 2)
         draw.rectangle(box, outline=colour, width=line)
-    labels, taken = [], np.zeros((0, 4))
-    for box, row in zip(boxes, rows, strict=True):
-        text, place = _label(class_names[int(row[5])], row[4], box, picture.size, font, taken)
+    labels = place_labels([(class_names[int(row[5])], row[4]) for row in rows], boxes, picture.size, font)
+    for text, place, row in reversed(list(zip(*labels, rows, strict=True))):
         if text:
-            labels.append((text, place, COLOURS[int(row[5]) % len(COLOURS)]))
-            taken = np.vstack([taken, place])
-    for text, place, colour in reversed(labels):
-        draw.rectangle(tuple(place), fill=colour, outline=_contrast(colour))
-        middle = (place[0] + place[2]) / 2, (place[1] + place[3]) / 2
-        draw.text(middle, text, _contrast(colour), font, anchor="mm")
+            colour = COLOURS[int(row[5]) % len(COLOURS)]
+            draw.rectangle(place, fill=colour, outline=_contrast(colour))
+            middle = (place[0] + place[2]) / 2, (place[1] + place[3]) / 2
+            draw.text(middle, text, _contrast(colour), font, anchor="mm")
     return picture
+
+
+def place_labels(
+    labels: Sequence[tuple[str, float]],
+    boxes: Sequence[tuple[int, ...]],
+    size: tuple[int, int],
+    font: ImageFont.FreeTypeFont,
+) -> tuple[list[str], list[tuple[int, ...]]]:
+    """What is written beside each box and where (left, top, right, bottom): less where it is crowded, or "".
+
+    Args:
+        labels: name and score of each box, the best first.
+        boxes: (left, top, right, bottom).
+        size: (width, height) of the picture, which no label leaves.
+    """
+    texts, places, taken = [], [], np.zeros((0, 4))
+    height = sum(font.getmetrics())
+    for (name, score), box in zip(labels, boxes, strict=True):
+        for text in (f"{name} {score:.2f}", name, ""):
+            text = _shortened(text, size[0], font)
+            choice = _places(box, round(font.getlength(text)) + font.size // 2, height, size)
+            covered = _covered(choice, taken)
+            if covered.min() <= CROWDED:
+                break
+        place = choice[covered.argmin()]
+        texts.append(text)
+        places.append(tuple(place.tolist()))
+        taken = np.vstack([taken, place]) if text else taken
+    return texts, places
 
 
 def save_picture(picture: Image.Image, file: Path) -> None:
@@ -86,27 +113,6 @@ def _corners(box: np.ndarray, size: tuple[int, int], line: int) -> tuple[int, ..
 
 def _grown(box: Sequence[int], by: int) -> tuple[int, ...]:
     return box[0] - by, box[1] - by, box[2] + by, box[3] + by
-
-
-def _label(
-    name: str,
-    score: float,
-    box: tuple[int, ...],
-    size: tuple[int, int],
-    font: ImageFont.FreeTypeFont,
-    taken: np.ndarray,
-) -> tuple[str, np.ndarray]:
-    """What is written beside a box and where (left, top, right, bottom): less where labels are crowded, or nothing."""
-    for text in (f"{name} {score:.2f}", name):
-        text = _shortened(text, size[0], font)
-        left, top, right, bottom = font.getbbox(text, anchor="ls")
-        ascent, descent = font.getmetrics()
-        width, height = right - left + font.size // 2, ascent + descent
-        places = _places(box, width, height, size)
-        covered = _covered(places, taken)
-        if covered.min() <= CROWDED:
-            return text, places[covered.argmin()]
-    return "", places[0]
 
 
 def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
