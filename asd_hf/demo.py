@@ -104,6 +104,7 @@ def build_app(
                         value=[],
                         multiselect=True,
                         label="Classes (none chosen: all)",
+                        elem_id="classes",
                         min_width=280,
                     )
                 outputs = []
