@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import struct
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -260,11 +261,25 @@ def test_a_video_held_sideways_is_turned(tmp_path):
     assert torch.equal(turned, plain.rot90(-1, (1, 2)))
 
 
-def test_a_video_that_breaks_off_gives_what_is_whole(tmp_path):
-    write_video(tmp_path / "clip.mp4")
+def test_what_breaks_off_gives_what_is_whole(tmp_path):
     (tmp_path / "no.avi").write_text("no video at all")
+    pytest.importorskip("av", reason="PyAV reads videos")
     (found,) = frames(tmp_path, [tmp_path / "no.avi"])
     assert isinstance(found, Fault) and str(tmp_path / "no.avi") in found.why
+    first, *others = [Image.fromarray(pixels) for pixels in NOISE]
+    first.save(tmp_path / "clip.gif", save_all=True, append_images=others)
+    data = (tmp_path / "clip.gif").read_bytes()
+    (tmp_path / "clip.gif").write_bytes(data[: len(data) // 2])
+    *whole, fault = frames(tmp_path, [tmp_path / "clip.gif"])
+    assert len(whole) >= 3 and not any(isinstance(frame, Fault) for frame in whole)
+    assert isinstance(fault, Fault) and f"frame {len(whole)} of " in fault.why
+
+
+def test_videos_need_an_extra(tmp_path, monkeypatch):
+    (tmp_path / "clip.mp4").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(UserError, match=r"clip.mp4 is a video: .* pip install 'asd-hf\[video\]'"):
+        find_files([tmp_path], tmp_path / "out")
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])

@@ -20,7 +20,9 @@ from ..detectors.base import DetectorAdapter
 from ..errors import UserError
 from ..evaluation import TOP_K, Predictor
 from ..predict import (
+    IMAGES,
     MOVING,
+    PREDICTIONS,
     Detections,
     Frame,
     ImageFile,
@@ -35,6 +37,7 @@ from ..predict import (
     take_image_ids,
 )
 from ..registry import nearest
+from ..stopping import advise
 from ..student import load_teacher, prompt_teacher
 from .evaluate import class_pair
 from .train import report_progress
@@ -53,7 +56,7 @@ def main(argv: list[str]) -> int:
         type=Path,
         default=Path("outputs/predict"),
         metavar="DIR",
-        help=f"of predictions.json, images.json and {PICTURES}/ (default: outputs/predict)",
+        help=f"of {PREDICTIONS}, {IMAGES} and {PICTURES}/ (default: outputs/predict)",
     )
     parser.add_argument(
         "--threshold",
@@ -100,7 +103,9 @@ def main(argv: list[str]) -> int:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("predict runs as one process: start it without a launcher")
     report_progress(rank=0)
-    return predict(args)
+    advice = f"{PREDICTIONS} and {IMAGES} of {args.output} are as they were, {PICTURES} may be incomplete"
+    with advise(lambda: advice):
+        return predict(args)
 
 
 def predict(args: argparse.Namespace) -> int:
@@ -157,7 +162,7 @@ def predict(args: argparse.Namespace) -> int:
     seconds = perf_counter() - start
     rows = [(predictor.class_names[i], f"{count:,}", f"{images[i]:,}") for i, count in objects.most_common()]
     print(_table([("class", "objects", "images"), *rows]))
-    written = "predictions.json and images.json" if args.no_pictures else "predictions.json, images.json and pictures"
+    written = f"{PREDICTIONS} and {IMAGES}" if args.no_pictures else f"{PREDICTIONS}, {IMAGES} and {PICTURES}"
     print(f"{frames:,} images, {frames / seconds:.1f} a second; {written} are in {args.output}")
     if faults:
         print(f"{faults:,} files could not be read to their end, see above", file=sys.stderr)

@@ -3,11 +3,13 @@
 from .detect import Detections, choose_device, detect, preprocessing
 from .frames import MOVING, Frame, ImageFile, find_files, read_frames, take_image_ids
 from .pictures import COLOURS, draw_boxes, save_picture
-from .results import open_results
+from .results import IMAGES, PREDICTIONS, open_results
 
 __all__ = [
     "COLOURS",
+    "IMAGES",
     "MOVING",
+    "PREDICTIONS",
     "Detections",
     "Frame",
     "ImageFile",
