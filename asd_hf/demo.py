@@ -164,7 +164,8 @@ def launch(app: Blocks, port: int | None = None, share: bool = False, block: boo
             quiet=True,
         )
     except OSError as error:
-        raise UserError(f"the page cannot be served{'' if port is None else f' at port {port}'}: {error}") from error
+        taken = "all ports from 7860 on are" if port is None else f"port {port} is"
+        raise UserError(f"the page cannot be served: {taken} taken: give another --port") from error
     logger.info("the page is at %s", app.local_url)
     if app.share_url:
         logger.info("and, for everyone who knows the address, at %s", app.share_url)

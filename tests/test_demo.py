@@ -158,6 +158,8 @@ def test_the_files_of_a_space():
 
 
 def test_mistakes_are_one_line(teacher, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gradio", reason="the extra `demo`")
+
     def error(*arguments) -> str:
         assert run("demo", [*map(str, arguments)]) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -166,5 +168,10 @@ def test_mistakes_are_one_line(teacher, tmp_path, monkeypatch, capsys):
     assert "--port is 70000" in error("--model", "shapes", "--port", 70000)
     assert "--examples: there are no images in" in error("--model", "shapes", "--examples", tmp_path)
     assert "it can be shown as the teacher of another model" in error("--model", teacher)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert f"port {port} is taken" in error("--model", "shapes", "--port", port)
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert error("--model", "shapes") == "error: the demo needs Gradio: pip install 'asd-hf[demo]'"

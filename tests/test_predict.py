@@ -152,6 +152,7 @@ def touch(root: Path, *names: str) -> None:
 
 def test_files_come_in_natural_order_and_each_has_a_name_of_its_own(tmp_path):
     touch(tmp_path, "a/10.jpg", "a/9.JPG", "a/b2/x1.png", "a/b10/x1.png", "a/notes.txt", "b/9.jpg", "b/.hidden.jpg")
+    touch(tmp_path, "c/X.jpg", "c/x.jpg/1.png")
     a, b = tmp_path / "a", tmp_path / "b"
 
     def names(*inputs: Path) -> list[str]:
@@ -159,11 +160,12 @@ def test_files_come_in_natural_order_and_each_has_a_name_of_its_own(tmp_path):
 
     assert names(a) == ["9.JPG", "10.jpg", "b2/x1.png", "b10/x1.png"]
     assert names(a / "10.jpg") == ["10.jpg"]
+    assert names(tmp_path / "c") == ["X.jpg", "x.jpg/1.png"]
     assert names(b, a / "9.JPG", a / "b2", b / "9.jpg") == ["b/9.jpg", "a/9.JPG", "a/b2/x1.png"]  # each once
     assert names(a / ".." / "b" / "9.jpg", b) == ["9.jpg"]
     assert names(a / "b2" / ".." / ".." / "b") == ["9.jpg"]
     touch(tmp_path, "out/pictures/9.jpg")
-    assert names(tmp_path)[-1] == "b/9.jpg"  # not what an earlier run wrote
+    assert names(tmp_path)[-1] == "c/x.jpg/1.png"  # not what an earlier run wrote
     (tmp_path / "link.jpg").symlink_to(b / "9.jpg")
     assert "link.jpg" in names(tmp_path)
     with pytest.raises(UserError, match="out lies in --output"):

@@ -43,7 +43,7 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class Frame:
-    """One picture, upright. `name` is a relative path, no other's; that of a video's frame lies below the video's."""
+    """One picture. Its `name` is a relative path, no other's; that of a video's frame lies below the video's."""
 
     image_id: int
     name: str
@@ -100,8 +100,8 @@ def find_files(inputs: Sequence[Path], output: Path) -> list[ImageFile]:
 
 def natural_key(name: str) -> tuple:
     """Sorts relative paths as people do: `b/2.jpg` before `b/10.jpg`, and a folder's files together."""
-    parts = (re.split("([0-9]+)", part) for part in name.split("/"))
-    return *([(t.casefold(), 0) if i % 2 == 0 else ("", int(t)) for i, t in enumerate(part)] for part in parts), name
+    parts = [re.split("([0-9]+)", part) for part in name.split("/")]
+    return [[(t.casefold(), 0) if i % 2 == 0 else ("", int(t)) for i, t in enumerate(part)] for part in parts], name
 
 
 def take_image_ids(
