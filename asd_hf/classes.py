@@ -179,20 +179,21 @@ def align_classes(
 
 def rename_classes(names: Sequence[str], class_map: Mapping[str, str] | None) -> list[str]:
     """`names`, those in `class_map` by their other name."""
-    renamed = {_key(name): other for name, other in (class_map or {}).items()}
-    return [renamed.get(_key(name), name) for name in names]
+    renamed = {class_key(name): other for name, other in (class_map or {}).items()}
+    return [renamed.get(class_key(name), name) for name in names]
 
 
 def find_classes(wanted: Sequence[str], known: Sequence[str]) -> list[int | None]:
     """Where each of `wanted` stands in `known`, or None."""
-    keys = [_key(name) for name in known]
+    keys = [class_key(name) for name in known]
     for name in wanted:
-        if keys.count(_key(name)) > 1:
+        if keys.count(class_key(name)) > 1:
             raise UserError(f"class {name!r} stands more than once among {short_list(known)}: give it one name only")
-    return [keys.index(_key(name)) if _key(name) in keys else None for name in wanted]
+    return [keys.index(class_key(name)) if class_key(name) in keys else None for name in wanted]
 
 
-def _key(name: str) -> str:
+def class_key(name: str) -> str:
+    """What two names of one class have in common."""
     return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 

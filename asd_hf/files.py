@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def written_beside(file: Path) -> Iterator[Path]:
+    """Where to write `file`, which takes its place when the block ends; of a block that fails nothing is left."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        yield beside
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def write_whole(file: Path, text: str) -> None:
     """Writes beside and renames, so that a file that exists is whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f"{file.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)
+    with written_beside(file) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def checksum(file: Path) -> str | None:

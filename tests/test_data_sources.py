@@ -520,17 +520,25 @@ def test_every_package_that_is_imported_is_declared():
     root = Path(__file__).parents[1]
     setup = configparser.ConfigParser()
     setup.read(root / "setup.cfg")
-    required = setup["options"]["install_requires"].split()
-    declared = {re.split("[<>=,]", name)[0].replace("_", "-").lower() for name in required}
-    imported = set()
+    extras = setup["options.extras_require"]
+    core = setup["options"]["install_requires"].split()
+    optional = [name for extra in extras if extra != "dev" for name in extras[extra].split()]
+    core, optional = (
+        {re.split("[<>=,]", name)[0].replace("_", "-").lower() for name in names} for names in (core, optional)
+    )
+    top, anywhere = set(), set()
     for file in (root / "asd_hf").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            names = set()
             if isinstance(node, ast.Import):
-                imported |= {alias.name.partition(".")[0] for alias in node.names}
+                names = {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
-                imported.add(node.module.partition(".")[0])
+                names = {node.module.partition(".")[0]}
+            anywhere |= names
+            top |= names if node in tree.body else set()
     owners = importlib.metadata.packages_distributions()
-    others = imported - {"asd_hf", *sys.stdlib_module_names}
-    assert len(others) > 10
-    missing = {n for n in others if not {o.replace("_", "-").lower() for o in owners[n]} & declared}
-    assert not missing
+    for imported, declared in ((top, core), (anywhere, core | optional)):
+        others = imported - {"asd_hf", *sys.stdlib_module_names}
+        assert len(others) > 10
+        assert not {n for n in others if not {o.replace("_", "-").lower() for o in owners.get(n, [n])} & declared}

@@ -14,6 +14,8 @@ LAYERS = [
     {"models", "methods"},
     {"classes", "distiller", "ema", "pace", "student", "data", "evaluation", "hub", "bad_steps", "teacher_cache"},
     {"config", "resumable", "trainer", "build", "doctor", "benchmark", "compare", "selftest", "replay"},
+    {"predict"},
+    {"demo"},
     {"commands"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -14,6 +14,8 @@ from ..stopping import Stopped, handled
 COMMANDS = {
     "train": "train a student, with or without a teacher",
     "evaluate": "COCO numbers of a model on a data set",
+    "predict": "draw what a model finds in images and videos, and write it as COCO results",
+    "demo": "show in a browser what a model finds, and its teacher beside it",
     "doctor": "say before training what fits, what is adapted and what is refused",
     "cache": "write the teacher's predictions to disk, to train without the teacher",
     "compare": "train several methods with several seeds and say which is better",

@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 
 from ..config import parse_overrides
-from ..data import DataConfig, DetectionStream, RowTransform, build_loader, open_source, resize_spec
+from ..data import DataConfig, DetectionStream, RowTransform, build_loader, open_source, resize_options, resize_spec
 from ..errors import UserError
 from ..evaluation import TOP_K, evaluate_detector, format_table, milliseconds_per_image
 from ..student import load_teacher, prompt_teacher
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
         "--class-map",
         action="append",
         default=[],
-        type=_pair,
+        type=class_pair,
         metavar="DATA=MODEL",
         help="what the model calls a class of the data, where the names differ; may be given several times",
     )
@@ -42,7 +42,8 @@ def main(argv: list[str]) -> None:
     evaluate(parser.parse_intermixed_args(argv))
 
 
-def _pair(text: str) -> tuple[str, str]:
+def class_pair(text: str) -> tuple[str, str]:
+    """The two names of `DATA=MODEL`."""
     data, equals, model = text.partition("=")
     if not (data and equals and model):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form DATA=MODEL")
@@ -105,10 +106,5 @@ def evaluate(args: argparse.Namespace) -> dict:
 
 def data_config(processor, source: str, split: str, overrides: list[str]) -> DataConfig:
     """The data section that resizes as the model's processor does, then `overrides`."""
-    size = dict(processor.size)
-    values = {"source": source, "eval_split": split}
-    if "shortest_edge" in size:
-        values |= {"resize": "multiscale", "eval_size": size["shortest_edge"], "max_size": size["longest_edge"]}
-    else:
-        values |= {"resize": "fixed", "fixed_size": [size["height"], size["width"]]}
+    values = {"source": source, "eval_split": split} | resize_options(processor.size)
     return parse_overrides(DataConfig, values, "data", overrides)

@@ -8,7 +8,7 @@ from .shapes import make_shapes
 from .shard import shard_dataset
 from .sources import Source, open_source, open_training_source, open_unlabelled
 from .stream import DetectionStream, build_loader
-from .transforms import RowTransform, resize_spec
+from .transforms import RowTransform, resize_options, resize_spec
 
 __all__ = [
     "NOTES",
@@ -29,6 +29,7 @@ __all__ = [
     "require_agreement",
     "require_same",
     "require_whole",
+    "resize_options",
     "resize_spec",
     "shard_dataset",
     "summary",

@@ -7,23 +7,19 @@ and counted does not have them: nothing depends on which worker meets one, or wh
 
 from __future__ import annotations
 
-import io
 import json
 import logging
-import os
 import shutil
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch.distributed as dist
-from PIL import Image
 
 from ..errors import UserError
 from ..files import write_whole
@@ -31,14 +27,13 @@ from ..progress import tqdm
 from .cache import build_once, cache_root, digest
 from .faults import NOTES, BadRow, Fault, box_note, first_of
 from .rows import Source, read_rows, stream_of
-from .transforms import check_boxes, decode
+from .threads import ahead, default_threads
+from .transforms import check_boxes, decode, orientation
 
 logger = logging.getLogger(__name__)
 
 CHECK_VERSION = 1  # of the reports on disk
 EXAMPLES = 5  # of each note, kept
-ORIENTATION = 0x0112  # the EXIF tag
-THREADS = 8  # at most: decoders leave Python's lock, what is between them does not
 LEFT_OUT = "skipped_rows.jsonl"
 
 
@@ -70,7 +65,7 @@ def check_source(
     Args:
         max_boxes: an image with more is bad; None for images that are not trained on.
         fresh: read all anew, whatever is stored.
-        workers: threads; by default one for each CPU, at most `THREADS`.
+        workers: threads; `threads.default_threads()` by default.
 
     Raises:
         UserError: a file of many rows cannot be read, or the machine fails to read an image.
@@ -83,7 +78,7 @@ def check_source(
         shutil.rmtree(folder, ignore_errors=True)
 
     def build(new: Path) -> None:
-        report = _read_all(source, max_boxes, workers or min(THREADS, os.cpu_count() or 1), progress)
+        report = _read_all(source, max_boxes, workers or default_threads(), progress)
         new.mkdir()
         (new / "report.json").write_text(json.dumps(asdict(report)))
 
@@ -239,7 +234,7 @@ def _read_all(source: Source, max_boxes: int | None, workers: int, progress: boo
         tqdm(total=source.num_rows, desc="check", unit="image", leave=False, disable=not progress) as bar,
     ):
         for shard in range(source.stream.num_shards):
-            found = _ahead(pool, partial(_examine, max_boxes=max_boxes), _shard(source.stream, shard), 4 * workers)
+            found = ahead(pool, partial(_examine, max_boxes=max_boxes), _shard(source.stream, shard), 4 * workers)
             for position, (image_id, file, fault, notes) in enumerate(found):
                 if fault is None and image_id in seen:
                     why = f"image {image_id} ({file or 'no file name'}) has the id of row {seen[image_id]}"
@@ -258,15 +253,6 @@ def _read_all(source: Source, max_boxes: int | None, workers: int, progress: boo
     return report
 
 
-def _ahead(pool: ThreadPoolExecutor, work: Callable, items: Iterable, count: int) -> Iterator:
-    """`map(work, items)` by the threads of `pool`, at most `count` items ahead."""
-    items = iter(items)
-    pending = deque(pool.submit(work, item) for item in islice(items, count))
-    while pending:
-        yield pending.popleft().result()
-        pending.extend(pool.submit(work, item) for item in islice(items, 1))
-
-
 def _examine(row: dict[str, Any], max_boxes: int | None) -> tuple[int | None, str | None, Fault | None, Counter]:
     """(image id, file, fault, number of boxes or images under each note) of one row."""
     if (fault := row.get("fault")) is not None:
@@ -278,19 +264,8 @@ def _examine(row: dict[str, Any], max_boxes: int | None) -> tuple[int | None, st
     except BadRow as error:
         return image_id, image["path"], Fault(error.kind, image_id, image["path"], str(error)), Counter()
     notes = Counter()
-    if _is_turned(image):
+    if orientation(image) != 1:
         notes["EXIF orientation"] += 1
     if row["objects"] is not None:
         notes.update(filter(None, (box_note(box, width, height) for box in row["objects"]["bbox"])))
     return image_id, image["path"], None, notes
-
-
-def _is_turned(image: dict[str, Any]) -> bool:
-    """Whether a photograph says that it is to be turned."""
-    with Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as file:
-        if file.format not in ("JPEG", "MPO"):  # of other formats it may take decoding them
-            return False
-        try:
-            return file.getexif().get(ORIENTATION, 1) != 1
-        except Exception:  # broken EXIF data: the pixels are sound
-            return False

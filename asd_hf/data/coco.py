@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -139,21 +139,40 @@ def _image_folder(root: Path, split: str, file_name: str) -> Path:
     raise UserError(f"no images of split {split!r}: neither {folders[0]} nor {folders[1]} is a folder")
 
 
-def _build_index(file: Path, folder: Path, labelled: bool) -> None:
-    """Reads the annotation file and writes `rows` (a data set of `FEATURES`, of the good images) and `about.json`."""
+def read_images(file: Path) -> tuple[list[dict[str, Any]], list[int], list[str]]:
+    """The images of an annotation file, whose annotations are neither read nor needed, and its categories.
+
+    Returns:
+        `image_id`, `file_name`, `width` and `height` (None where not stated) of each image, in the file's order; ids
+        and names of the categories, by id.
+
+    Raises:
+        UserError: the file cannot be read or has no images or categories, or an image is not as it must be.
+    """
+    _, parts, ids, names = _read(file, ("images", "categories"))
+    rows, faults = _image_rows(parts["images"], file)
+    if faults:
+        raise first_of(faults)
+    return list(rows.values()), ids, names
+
+
+def _read(file: Path, keys: Sequence[str]) -> tuple[bytes, dict[str, list], list[int], list[str]]:
+    """An annotation file: its bytes, the lists of those `keys`, and ids and names of the categories, by id."""
     try:
         raw = file.read_bytes()
         contents = json.loads(raw)
-        images = contents["images"]
-        annotations, categories = (contents[key] if labelled else [] for key in ("annotations", "categories"))
-        if not all(isinstance(part, list) for part in (images, annotations, categories)):
+        parts = {key: contents[key] for key in keys}
+        if not all(isinstance(part, list) for part in parts.values()):
             raise TypeError("images, annotations and categories must be lists")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is no COCO annotation file: {type(error).__name__}: {error}") from error
-    if not images or (labelled and not categories):
-        raise UserError(f"{file} has no {'images' if not images else 'categories'}")
+    for key in ("images", "categories"):
+        if key in parts and not parts[key]:
+            raise UserError(f"{file} has no {key}")
     try:
-        categories = sorted((int(category["id"]), str(category["name"])) for category in categories)
+        categories = sorted((int(category["id"]), str(category["name"])) for category in parts.get("categories", []))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{file}: every category needs an integer id and a name") from error
     ids, names = [category_id for category_id, _ in categories], [name for _, name in categories]
@@ -161,13 +180,19 @@ def _build_index(file: Path, folder: Path, labelled: bool) -> None:
         if len(set(values)) < len(values):
             repeated = next(value for value in values if values.count(value) > 1)
             raise UserError(f"{file}: two categories have the {what} {repeated!r}")
+    return raw, parts, ids, names
 
+
+def _build_index(file: Path, folder: Path, labelled: bool) -> None:
+    """Reads the annotation file and writes `rows` (a data set of `FEATURES`, of the good images) and `about.json`."""
+    keys = ("images", "annotations", "categories") if labelled else ("images",)
+    raw, parts, ids, names = _read(file, keys)
     class_index = {category_id: index for index, category_id in enumerate(ids)}
-    rows, faults = _image_rows(images, file)
+    rows, faults = _image_rows(parts["images"], file)
     known = {row["image_id"] for row in rows.values()} | {fault.image_id for fault in faults}
     counts = dict.fromkeys(NOTES, 0)
     lost: dict[int, list[str]] = {}  # image id that is not in the file -> its annotations
-    for annotation in annotations:
+    for annotation in parts.get("annotations", []):
         image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
         row = rows.get(image_id) if is_whole(image_id) else None
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,9 @@ def open_images(root: Path) -> Source:
         UserError: there is no image, or the folder cannot be listed.
     """
     try:
-        files, left_out = _list_images(root)
+        files = list_files(root, SUFFIXES)
     except OSError as error:
         raise UserError(f"the images of {root} cannot be listed: {error}") from error
-    if left_out:
-        logger.warning("%s: %d links to folders or out of it are not followed, %s the first", root, *left_out)
     if not files:
         raise UserError(f"{root} holds no images: looked for {', '.join(SUFFIXES)}, in its subfolders too")
     key = digest(INDEX_VERSION, files)
@@ -72,8 +70,14 @@ def open_images(root: Path) -> Source:
     )
 
 
-def _list_images(root: Path) -> tuple[list[tuple[str, int, int]], tuple[int, str] | None]:
-    """(relative path, bytes, time of change) of each image in order; how many links were left out, and the first."""
+def list_files(root: Path, suffixes: Collection[str]) -> list[tuple[str, int, int]]:
+    """(relative path, bytes, time of change) of each file with one of `suffixes`, in order.
+
+    Links to folders or out of `root` are left out, and counted in a warning.
+
+    Raises:
+        UserError: a name is not UTF-8.
+    """
     inside, folders, files, left_out = root.resolve(), [root], [], []
     while folders:
         for entry in os.scandir(folders.pop()):
@@ -82,7 +86,7 @@ def _list_images(root: Path) -> tuple[list[tuple[str, int, int]], tuple[int, str
                 continue
             if entry.is_dir():
                 (left_out if linked else folders).append(path)
-            elif path.suffix.lower() in SUFFIXES:
+            elif path.suffix.lower() in suffixes:
                 if linked and not (entry.is_file() and path.resolve().is_relative_to(inside)):
                     left_out.append(path)
                     continue
@@ -90,4 +94,9 @@ def _list_images(root: Path) -> tuple[list[tuple[str, int, int]], tuple[int, str
                 if not is_text(name):
                     raise UserError(f"{root}: the file name {name!r} is not UTF-8: rename the file")
                 files.append((name, stat.st_size, stat.st_mtime_ns))
-    return sorted(files), (len(left_out), str(min(left_out))) if left_out else None
+    if left_out:
+        first = min(left_out)
+        logger.warning(
+            "%s: %d links to folders or out of it are not followed, %s the first", root, len(left_out), first
+        )
+    return sorted(files)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import io
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from .config import DataConfig, teacher_view
 from .faults import BadRow
 
 FAULTS_OF_NAMES = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)  # not of the machine
+ORIENTATION = 0x0112  # the EXIF tag
 DEEP_MODES = ("I", "F")  # PIL's modes beyond 8 bits a channel begin so; converting them to RGB would clip
 
 
@@ -109,6 +111,13 @@ def resize_spec(config: DataConfig) -> dict[str, int]:
     if config.resize == "fixed":
         return {"height": config.fixed_size[0], "width": config.fixed_size[1]}
     return {"shortest_edge": config.eval_size, "longest_edge": config.max_size}
+
+
+def resize_options(size: Mapping[str, int]) -> dict[str, Any]:
+    """The keys of the data section that resize in evaluation as an image processor with this `size` does."""
+    if "shortest_edge" in size:
+        return {"resize": "multiscale", "eval_size": size["shortest_edge"], "max_size": size["longest_edge"]}
+    return {"resize": "fixed", "fixed_size": [size["height"], size["width"]]}
 
 
 class Predictions(Protocol):
@@ -262,6 +271,24 @@ def _jpeg(data: bytes) -> Tensor | None:
         return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     except RuntimeError:
         return None
+
+
+def orientation(image: dict[str, Any]) -> int:
+    """How the camera was held, 1 to 8 as EXIF has it, of the `image` of a row that can be decoded; 1 is upright."""
+    with Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as file:
+        if file.format not in ("JPEG", "MPO"):  # of other formats it may take decoding them
+            return 1
+        try:
+            return file.getexif().get(ORIENTATION, 1)
+        except Exception:  # broken EXIF data: the pixels are sound
+            return 1
+
+
+def upright(pixels: Tensor, orientation: int) -> Tensor:
+    """Pixels (3, height, width) of a photograph as it was seen, by its `orientation`."""
+    pixels = pixels.transpose(1, 2) if orientation in (5, 6, 7, 8) else pixels
+    flips = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}
+    return pixels.flip(flips[orientation]) if orientation in flips else pixels
 
 
 def check_boxes(row: dict[str, Any], most: int | None) -> None:

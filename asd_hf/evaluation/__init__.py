@@ -1,13 +1,14 @@
 from .coco import STATS, CocoEvaluator, CocoMetric, format_table
-from .evaluate import TOP_K, evaluate_detector
+from .evaluate import evaluate_detector
 from .latency import milliseconds_per_image
-from .predict import postprocess
+from .predict import TOP_K, Predictor, postprocess
 
 __all__ = [
     "STATS",
     "TOP_K",
     "CocoEvaluator",
     "CocoMetric",
+    "Predictor",
     "evaluate_detector",
     "format_table",
     "milliseconds_per_image",

@@ -6,18 +6,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.utils.data import DataLoader
 
-from ..classes import match_classes, short_list
+from ..classes import short_list
 from ..detectors.base import DetectorAdapter
 from ..progress import tqdm
 from .coco import CocoEvaluator
-from .predict import postprocess
+from .predict import Predictor
 
 logger = logging.getLogger(__name__)
 
-TOP_K = 100  # detections kept of an image; COCO scores at most 100 of each class
 
-
-@torch.no_grad()
 def evaluate_detector(
     adapter: DetectorAdapter,
     loader: DataLoader,
@@ -44,9 +41,8 @@ def evaluate_detector(
     Raises:
         UserError: the detector knows no class of the data.
     """
-    adapter.model.eval()
-    ours, theirs = match_classes(class_names, adapter.spec.class_names, class_map, "the data", "the model")
-    if lacking := [name for i, name in enumerate(class_names) if i not in ours]:
+    predictor = Predictor(adapter, class_names, class_map, device)
+    if lacking := predictor.lacking:
         logger.warning(
             "the %s that is evaluated lacks %d of the %d classes of the data and finds none of them: %s",
             adapter.spec.family,
@@ -54,16 +50,11 @@ def evaluate_detector(
             len(class_names),
             short_list(lacking),
         )
-    columns, indices = torch.tensor(theirs, device=device), torch.tensor(ours, device=device)
     evaluator = CocoEvaluator(class_names, category_ids)
     for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress):
         labels = batch["labels"]
-        output = adapter(batch["pixel_values"].to(device), batch["pixel_mask"].to(device))
         sizes = torch.stack([label["orig_size"] for label in labels])
-        predictions = postprocess(
-            output.logits[-1], output.boxes[-1], sizes.to(device), adapter.spec.activation, TOP_K, columns
-        )
-        predictions[..., 5] = indices[predictions[..., 5].long()].to(predictions)
+        predictions = predictor(batch["pixel_values"], batch["pixel_mask"], sizes)
         ids = torch.stack([label["image_id"] for label in labels])
         evaluator.add(ids, predictions, [label["ground_truth"] for label in labels], sizes)
     return evaluator.compute() | ({"classes_lacking": lacking} if lacking else {}), evaluator

@@ -2,8 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
+
+from ..classes import match_classes
+from ..detectors.base import DetectorAdapter
+
+TOP_K = 100  # detections kept of an image; COCO scores at most 100 of each class
+
+
+class Predictor:
+    """Asks a detector for COCO rows, in the classes of some data.
+
+    Args:
+        adapter: the detector, on `device`; it is put into eval mode.
+        class_names: the data's, in the order of its class indices; the detector's are aligned with them by name. None
+            for the detector's own.
+        class_map: what the detector calls a class of the data, where the names differ.
+
+    Attributes:
+        class_names: what the class indices of the rows stand for.
+        lacking: those of them that the detector does not know and never predicts.
+
+    Raises:
+        UserError: the detector knows no class of the data.
+    """
+
+    def __init__(
+        self,
+        adapter: DetectorAdapter,
+        class_names: Sequence[str] | None = None,
+        class_map: Mapping[str, str] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        adapter.model.eval()
+        self.adapter, self.device = adapter, device
+        self.class_names, self.lacking = list(adapter.spec.class_names), []
+        self._columns = self._indices = None
+        if class_names is not None:
+            ours, theirs = match_classes(class_names, adapter.spec.class_names, class_map, "the data", "the model")
+            self.class_names = list(class_names)
+            self.lacking = [name for i, name in enumerate(class_names) if i not in ours]
+            self._columns, self._indices = torch.tensor(theirs, device=device), torch.tensor(ours, device=device)
+
+    @torch.no_grad()
+    def __call__(self, pixel_values: Tensor, pixel_mask: Tensor, sizes: Tensor) -> Tensor:
+        """The best `TOP_K` detections of each image, best first: (B, K, 6) float32 rows as `postprocess` has them.
+
+        Args:
+            pixel_values, pixel_mask: a padded batch, as `collate` gives it.
+            sizes: (B, 2), (height, width) of the image files.
+        """
+        output = self.adapter(pixel_values.to(self.device), pixel_mask.to(self.device))
+        activation = self.adapter.spec.activation
+        sizes = sizes.to(self.device)
+        rows = postprocess(output.logits[-1], output.boxes[-1], sizes, activation, TOP_K, self._columns)
+        if self._indices is not None:
+            rows[..., 5] = self._indices[rows[..., 5].long()].to(rows)
+        return rows
 
 
 def postprocess(
