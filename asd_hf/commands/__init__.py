@@ -13,6 +13,7 @@ from ..stopping import Stopped, handled
 COMMANDS = {
     "train": "train a student, with or without a teacher",
     "evaluate": "COCO numbers of a model on a data set",
+    "push": "put a trained student on the Hub: model, card, numbers and, if exported, ONNX in one commit",
     "doctor": "say before training what fits, what is adapted and what is refused",
     "cache": "write the teacher's predictions to disk, to train without the teacher",
     "compare": "train several methods with several seeds and say which is better",
