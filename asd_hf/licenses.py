@@ -27,6 +27,7 @@ FREE = {
     *("pddl", "postgresql", "unlicense", "wtfpl", "zlib"),
 }
 _RESEARCH_ALONE = ("apple-amlr", "deepfloyd-if-license")  # and whatever has "research" in its name
+TAUGHT, GAVE_WEIGHTS = "which taught the student", "whose weights it began with"
 
 
 class License(NamedTuple):
@@ -76,9 +77,6 @@ class Origin(NamedTuple):
         return f"{without_folders(self.model)}, {' and '.join(self.roles)},"
 
 
-TAUGHT, GAVE_WEIGHTS = "which taught the student", "whose weights it began with"
-
-
 def read_license(model: str) -> License | None:
     """The licence that a model's card states: in its folder, on the Hub, or, without a network, in the Hub's cache."""
     folder = Path(PACKAGED.get(model, model))
@@ -93,12 +91,15 @@ def read_license(model: str) -> License | None:
         data = ModelCard.load(card, ignore_metadata_errors=True).data
     except (HTTPError, OSError, ValueError, yaml.YAMLError):
         return None
-    name = data.license
-    if not name or not isinstance(name, str) or name == "unknown":
-        return None
+    stated = data.license if isinstance(data.license, list) else [data.license]
+    licenses = [_license(str(name), data.license_name) for name in stated if name and name != "unknown"]
+    return max(licenses, key=lambda license: license.forbids is not None, default=None)  # of several, the strictest
+
+
+def _license(name: str, own: str | None) -> License:
     if name != "other":
         return License(name)
-    own = str(data.license_name or "other")
+    own = str(own or name)
     return License(own.lower()) if own.lower() in FREE else License(own, listed=False)
 
 

