@@ -56,11 +56,9 @@ def configuration(folder: Path, **model) -> dict:
     }
 
 
-def write_run(folder: Path, **model) -> Path:
+def write_run(folder: Path, detector: Path, **model) -> Path:
     """A finished run as `asd-hf train` leaves it (tests/test_commands.py has a real one)."""
-    run = folder / "run"
-    tiny.deformable_detr().save_pretrained(run)
-    tiny.processor().save_pretrained(run)
+    run = shutil.copytree(detector, folder / "run")
     (run / "asd_hf.yaml").write_text(build_config(configuration(folder, **model)).to_yaml())
     numbers = {name: 0.01 * (index + 1) for index, name in enumerate(STATS)}
     numbers |= {"parameters": 5e4, "ms_per_image": 9.0, "per_class": dict.fromkeys(tiny.CLASSES, 0.1)}
@@ -73,9 +71,17 @@ def write_run(folder: Path, **model) -> Path:
     return run
 
 
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("detector")
+    tiny.deformable_detr().save_pretrained(folder)
+    tiny.processor().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def run(tmp_path) -> Path:
-    return write_run(tmp_path)
+def run(tmp_path, detector) -> Path:
+    return write_run(tmp_path, detector)
 
 
 def export(run: Path) -> None:
@@ -228,8 +234,8 @@ def test_the_dry_run_overwrites_nothing(run, tmp_path, capsys):
 # -- the Hub ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("status", [500, 503, 429, CUT, LOST])
-@pytest.mark.parametrize("request_", ["/repos/create", "/validate-yaml", "/preupload/", "/objects/", "/commit/"])
+@pytest.mark.parametrize("status", [503, 429, CUT, LOST])
+@pytest.mark.parametrize("request_", ["/repos/create", "/preupload/", "/objects/", "/commit/"])
 def test_a_hub_that_fails_once_has_the_files_in_the_end(hub, run, request_, status, capsys):
     hub.failures.append((request_, status))
     push(run, "--repo", NAME)
@@ -238,7 +244,7 @@ def test_a_hub_that_fails_once_has_the_files_in_the_end(hub, run, request_, stat
     assert "pushed: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("request_", ["/repos/create", "/api/models/", "/objects/", "/commit/"])
+@pytest.mark.parametrize("request_", ["/repos/create", "/objects/", "/commit/"])
 @pytest.mark.parametrize(
     ("status", "hint"),
     [(401, "hf auth login"), (403, "may not write"), (409, "asd-hf push"), (412, "start the same command again")],
@@ -256,10 +262,10 @@ def test_a_refusal_is_one_line_that_says_what_to_do(hub, run, request_, status, 
 
 
 def test_a_wrong_token_is_not_shown(hub, run, monkeypatch, capsys):
-    monkeypatch.setenv("HF_TOKEN", "hf_" + "wrong" * 8)
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "other" * 8)
     push(run, "--repo", NAME, code=2)
     err = capsys.readouterr().err
-    assert "401" in err and "hf auth login" in err and "wrong" not in err and not hub.repositories
+    assert "401" in err and "hf auth login" in err and "other" not in err and not hub.repositories
 
 
 def test_a_commit_that_came_between_is_not_built_upon_unseen(hub, run, monkeypatch, capsys):
@@ -322,7 +328,7 @@ def lose_weights(run: Path) -> None:
         (lambda run: (run / "model.safetensors").unlink(), "run folder: {run} cannot be loaded as a detector"),
         (lambda run: (run / "preprocessor_config.json").unlink(), "run folder: {run} has no image processor"),
         (cut_weights, "run folder: {run} cannot be loaded as a detector"),
-        (lose_weights, "run folder: {run} lacks 1 weights"),
+        (lose_weights, "run folder: {run} lacks 2 weights"),
     ],
 )
 def test_what_is_no_finished_run_is_one_line(run, tmp_path, capsys, damage, message):
@@ -444,9 +450,9 @@ def test_first_weights_give_their_licence_to_the_student():
     }
 
 
-def test_a_push_asks_for_the_licence_first(hub, tmp_path, capsys):
+def test_a_push_asks_for_the_licence_first(hub, tmp_path, detector, capsys):
     teacher = write_card(tmp_path / "private" / "big", license="cc-by-nc-4.0")
-    run = write_run(tmp_path, teacher=teacher, student={"base": "teacher", "copy_weights": True})
+    run = write_run(tmp_path, detector, teacher=teacher, student={"base": "teacher", "copy_weights": True})
     push(run, "--repo", NAME, code=2)
     err = capsys.readouterr().err
     assert "big, which taught the student and whose weights it began with, is under cc-by-nc-4.0" in err
