@@ -77,8 +77,8 @@ def train(run: RunConfig) -> dict:
             make_card(finished, finished.name).save(Path(args.output_dir) / "README.md")
         print(f"student, metrics.json, model card and configuration are in {args.output_dir}")
         if push:
-            _, pushed = push_run(finished, finished.name, args.hub_private_repo)
-            print(pushed)
+            shared, pushed = push_run(finished, finished.name, args.hub_private_repo)
+            print("\n".join([*(f"note: {remark}" for remark in shared.remarks), str(pushed)]))
     return metrics
 
 
