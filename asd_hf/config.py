@@ -20,6 +20,7 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from .data import DataConfig
 from .errors import UserError
+from .hub import secret_of
 from .methods import METHODS, MethodConfig, get_method
 from .registry import nearest
 from .student import ModelConfig
@@ -53,6 +54,9 @@ class TrainingConfig(TrainingArguments):
         None, "A checkpoint folder; or true: the newest one of training.output_dir, if there is one"
     )
     # Ours.
+    hub_license: str | None = _own(
+        None, "Licence of the student, an identifier of the Hub's list; default: that of the weights it began with"
+    )
     backbone_lr_scale: float = _own(0.1, "Learning rate of the backbone, relative to training.learning_rate")
     sampling_lr_scale: float = _own(
         0.1, "Learning rate of sampling offsets and reference points, relative to training.learning_rate"
@@ -174,6 +178,11 @@ def build_config(raw: dict[str, dict], where: str = "configuration") -> RunConfi
     for section in raw:
         if section not in SECTIONS:
             raise UserError(f"{where}: unknown section {section!r}: {nearest(section, SECTIONS)}")
+        if key := secret_of(raw[section], section):
+            raise UserError(
+                f"{where}: {key} holds a token or password, which would be written into files: use `hf auth login`, "
+                "HF_TOKEN, or what the storage has for it"
+            )
     return RunConfig(
         model=_fill(ModelConfig, raw.get("model", {}), f"{where}: model"),
         data=_fill(DataConfig, raw.get("data", {}), f"{where}: data"),

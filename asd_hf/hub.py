@@ -1,144 +1,33 @@
-"""The model card, and patience with the Hub. Uploading itself is Trainer's own `push_to_hub`."""
+"""What concerns the Hub alone: patience with it, its names, and what of a configuration may be public."""
 
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from . import models
 from .errors import UserError
-from .evaluation.coco import STATS, table_rows
 from .student import PACKAGED
 
 T = TypeVar("T")
 
-CARD = """\
----
-{metadata}
----
-
-# {name}
-
-{summary}
-
-It is an ordinary Transformers checkpoint; {needs}
-
-```python
-{imports}from transformers import pipeline
-
-detect = pipeline("object-detection", model="{model_id}")
-for found in detect("http://images.cocodataset.org/val2017/000000039769.jpg", threshold=0.3):
-    print(found["label"], round(found["score"], 2), found["box"])
-```
-
-## Results
-
-{results}
-## Training
-
-The resolved configuration repeats the run; local paths are given by their last part.
-
-```yaml
-{config}
-```
-{citation}"""
-
-
-def write_model_card(
-    folder: str | Path,
-    *,
-    model_id: str,
-    student_info: dict,
-    teacher_info: dict | None,
-    method_papers: list[dict[str, str]],
-    metrics: dict[str, dict[str, float]],
-    protocol: dict | None,
-    dataset: dict[str, str | None],
-    config_yaml: str,
-    license: str | None = None,
-) -> ModelCard:
-    """Writes `README.md` in `folder`, with the metadata that the Hub reads.
-
-    Args:
-        folder: where the student was saved.
-        model_id: its name on the Hub.
-        student_info: "architecture", the Transformers class; "weights_from", the Hub ids or folders of the models that
-            gave it its first weights, the teacher among them if it gave any. They become `base_model`, as a fine-tune:
-            the Hub has no relation for distillation, and a teacher that gave no weights is not what was tuned.
-        teacher_info: "id", the teacher's Hub id, folder or name among `student.PACKAGED`; "cache", of what kind its
-            predictions were, if they came from disk. None for training without a teacher.
-        method_papers: title, id and bibtex of each method, as `DistillationMethod.paper` has them; empty ones are
-            left out.
-        metrics: by model name, as for `format_table`; "student" is the model of this card.
-        protocol: what `CocoEvaluator.protocol` gave for these numbers. None before the first evaluation.
-        dataset: "name", and "id" if the data set is on the Hub; one that `is_hub_id` denies is left out.
-        config_yaml: the resolved configuration; the card has it without local paths.
-        license: an identifier of the Hub's list.
-    """
-    numbers = {key: value for key, value in metrics.get("student", {}).items() if key in STATS and value >= 0}
-    base_models = [name for name in student_info["weights_from"] if is_hub_id(name)]
-    dataset_id = dataset.get("id") if is_hub_id(dataset.get("id") or "") else None
-    metadata = ModelCardData(
-        license=license,
-        library_name="transformers",
-        pipeline_tag="object-detection",
-        tags=["object-detection", "asd_hf", *(["knowledge-distillation"] if teacher_info else [])],
-        base_model=base_models or None,
-        base_model_relation="finetune" if base_models else None,
-        datasets=[dataset_id] if dataset_id else None,
-        metrics=["mean_average_precision"],
-        model_name=model_id.split("/")[-1],
-        eval_results=[
-            EvalResult(
-                task_type="object-detection",
-                dataset_type=dataset_id or dataset["name"],
-                dataset_name=dataset["name"],
-                dataset_split=protocol["split"],
-                metric_type="mean_average_precision" if key.startswith("AP") else "mean_average_recall",
-                metric_name=key,
-                metric_value=value,
-            )
-            for key, value in numbers.items()
-        ]
-        or None,
-    )
-    summary = f"`{student_info['architecture']}`, trained on {dataset['name']}"
-    if teacher_info:
-        summary += f" under {_teacher(teacher_info['id'])}"
-        if teacher_info.get("cache"):
-            summary += f", whose predictions came from disk ({teacher_info['cache']}),"
-    papers = [paper for paper in method_papers if paper]
-    if papers:
-        titles = " and of ".join(f"*{paper['title']}* ({paper['id']})" for paper in papers)
-        summary += f" with the method of {titles}"
-    needs, imports = "asd_hf is not needed to use it.", ""
-    if student_info["architecture"] in models.__all__:
-        needs = "its architecture comes with asd_hf, whose import makes it known to Transformers."
-        imports = "import asd_hf\n"
-    bibtex = "\n\n".join(paper["bibtex"].strip() for paper in papers)
-    card = ModelCard(
-        CARD.format(
-            metadata=metadata.to_yaml(),
-            name=metadata.model_name,
-            summary=summary + ".",
-            needs=needs,
-            imports=imports,
-            model_id=model_id,
-            results=_results(metrics, protocol),
-            config=public_config(config_yaml).strip(),
-            citation=f"\n## Citation\n\n```bibtex\n{bibtex}\n```\n" if papers else "",
-        )
-    )
-    card.save(Path(folder) / "README.md")
-    return card
+HINTS = {
+    401: "log in with `hf auth login`, or set HF_TOKEN",
+    403: "the token may not write there: make one that may, at https://huggingface.co/settings/tokens",
+    412: "someone else changed the repository meanwhile: start the same command again",
+}
+_SECRET = re.compile(  # credentials in an address, a token of the Hub, a secret among the parameters of an address
+    r"(?P<before>://)[^/\s@]+(?=@)|\bhf_\w{30,}|(?P<key>[?&][\w-]*(?:token|key|secret|password|signature)=)[^&\s]+",
+    re.IGNORECASE,
+)
 
 
 def call_hub(call: Callable[[], T], advice: str, attempts: int = 4, wait: float = 2.0) -> T:
@@ -148,7 +37,7 @@ def call_hub(call: Callable[[], T], advice: str, attempts: int = 4, wait: float 
     finished training must not end on one lost answer.
 
     Args:
-        call: Trainer's `push_to_hub`, for example.
+        call: one that does no harm when it is done twice, since it is the answer that may be lost.
         advice: what the user can do when it failed for good; the end of the message.
         attempts: how often to call at most.
         wait: seconds before the second call, doubled each time.
@@ -164,8 +53,8 @@ def call_hub(call: Callable[[], T], advice: str, attempts: int = 4, wait: float 
         except (HTTPError, OSError, RuntimeError, ValueError) as error:
             status = _status(error)
             if attempt == attempts or (status < 500 and status != 429):
-                reason = " ".join(str(error).split())
-                raise UserError(f"the Hub: {reason}; {advice}") from error
+                parts = [without_secrets(" ".join(str(error).split())), HINTS.get(status), advice]
+                raise UserError(f"the Hub: {'; '.join(filter(None, parts))}") from error
             time.sleep(wait * 2 ** (attempt - 1))
 
 
@@ -175,7 +64,7 @@ def _status(error: BaseException) -> int:
         return error.response.status_code
     if error.__cause__ is not None:  # the upload of a large file wraps what went wrong
         return _status(error.__cause__)
-    return 400 if isinstance(error, ValueError) else 503
+    return 400 if isinstance(error, ValueError | OfflineModeIsEnabled) else 503
 
 
 def is_hub_id(name: str) -> bool:
@@ -213,19 +102,16 @@ def without_folders(value: Any) -> Any:
     return value
 
 
-def _teacher(name: str) -> str:
-    if name in PACKAGED:
-        return f"the packaged teacher `{name}`"
-    if is_hub_id(name):
-        return f"the teacher [{name}](https://huggingface.co/{name})"
-    return f"the teacher {without_folders(name)}"
+def secret_of(value: Any, key: str) -> str | None:
+    """The key of the first text within `value` that holds a token or the credentials of an address, None if none."""
+    if isinstance(value, dict):
+        found = (secret_of(item, f"{key}.{name}") for name, item in value.items())
+    elif isinstance(value, list):
+        found = (secret_of(item, f"{key}[{index}]") for index, item in enumerate(value))
+    else:
+        return key if isinstance(value, str) and _SECRET.search(value) else None
+    return next(filter(None, found), None)
 
 
-def _results(metrics: dict[str, dict[str, float]], protocol: dict | None) -> str:
-    if protocol is None:
-        return "Not evaluated yet.\n"
-    header, *rows = table_rows(metrics)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    terms = yaml.safe_dump(protocol | {"source": without_folders(protocol["source"])}, sort_keys=False)
-    return f"{table}\n\nAP in per cent, by COCO's rules, under this protocol:\n\n```yaml\n{terms}```\n"
+def without_secrets(text: str) -> str:
+    return _SECRET.sub(lambda match: f"{match['before'] or match['key'] or ''}***", text)

@@ -1,9 +1,9 @@
-"""How long a step of training takes and where its time goes, for the log."""
+"""How long a step of training takes, where its time goes, and on what; for the log and the model card."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from time import perf_counter
 
@@ -81,3 +81,23 @@ class Pace(TrainerCallback):
             )
         self._seconds, self._waited, self._steps, self._entries = 0.0, 0.0, 0, self._entries + 1
         return {f"{name.replace('/', '_').replace(' ', '_')}_runtime": value for name, value in runtimes.items()}
+
+
+def seconds_of_steps(history: Sequence[dict], steps: int) -> float | None:
+    """How long the steps of a training took, without evaluations and checkpoints, by the entries of its log.
+
+    Those since the last entry are taken to be as long as the ones before; None if none were logged.
+    """
+    seconds, done, pace = 0.0, 0, None
+    for entry in history:
+        if "step_runtime" in entry:
+            pace = entry["step_runtime"]
+            seconds, done = seconds + pace * (entry["step"] - done), entry["step"]
+    return None if pace is None else seconds + pace * (steps - done)
+
+
+def device_name(device: torch.device) -> str:
+    """As a person would name it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"

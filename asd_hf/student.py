@@ -12,6 +12,7 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -321,7 +322,7 @@ def _load_detector(name: str, key: str, **processor_options) -> DetectorAdapter:
         model, report = auto_model.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{key}: {name} cannot be loaded as a detector: {_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{key}: {name} lacks {len(missing)} weights of {type(model).__name__}: {short_list(missing)}")

@@ -26,7 +26,7 @@ from .ema import EMACallback
 from .errors import UserError
 from .evaluation import STATS, evaluate_detector
 from .fast_criterion import LOSSES, use_fast_criterion
-from .hub import public_config, write_model_card
+from .hub import public_config
 from .methods import CombinedMethod, DistillationMethod
 from .pace import Pace
 from .phases import phase
@@ -54,7 +54,6 @@ class DistillationTrainer(ResumableTrainer):
         category_ids: the data set's own id of each class index; 1 to C by default.
         class_map: what the teacher calls a class of the student, where the names differ.
         run_config: YAML of the whole run, stored beside each checkpoint.
-        card: what the model card says beyond the run's own figures, see `hub.write_model_card`.
         **kwargs: passed on to Transformers' Trainer (callbacks, optimizers, ...).
 
     Raises:
@@ -76,7 +75,6 @@ class DistillationTrainer(ResumableTrainer):
         category_ids: Sequence[int] | None = None,
         class_map: Mapping[str, str] | None = None,
         run_config: str | None = None,
-        card: dict | None = None,
         **kwargs,
     ) -> None:
         if (teacher is None) != (method is None):
@@ -90,7 +88,7 @@ class DistillationTrainer(ResumableTrainer):
         if method is not None and method.self_taught and teacher != SELF_TAUGHT:
             raise UserError("the method is taught by the student's own moving average: set model.teacher: ema")
         self.adapter, self.method = student, method
-        self.category_ids, self.run_config, self.card = category_ids, run_config, card
+        self.category_ids, self.run_config = category_ids, run_config
         criterion = make_criterion(student, args)
         classes = None
         if teacher is not None:
@@ -357,10 +355,6 @@ class DistillationTrainer(ResumableTrainer):
             self.run_config = private
             if private is not None and self.is_world_process_zero():
                 (Path(self.args.output_dir) / RUN_CONFIG).write_text(private, encoding="utf-8")
-
-    def create_model_card(self, **kwargs) -> None:
-        if self.is_world_process_zero() and self.card is not None:
-            write_model_card(self.args.output_dir, **self.card)
 
 
 def make_criterion(

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -15,6 +16,7 @@ import yaml
 
 TOKEN = "hf_stand_in"
 RELATIONS = ("adapter", "merge", "quantized", "finetune")
+CUT, LOST = -1, -2  # in place of a status: the connection ends before anything is done, or after it, without an answer
 
 
 @dataclass
@@ -22,6 +24,8 @@ class Repository:
     files: dict[str, bytes] = field(default_factory=dict)
     lfs: set[str] = field(default_factory=set)  # paths that came by LFS
     commits: list[dict] = field(default_factory=list)  # {"summary": ..., "paths": [...]}
+    private: bool = False
+    sdk: str | None = None  # of a Space
 
     @property
     def sha(self) -> str:
@@ -31,7 +35,8 @@ class Repository:
 class HubServer:
     """Context manager. `repositories` holds what was received; `env` points a child process here.
 
-    To make the next requests fail, put (part of the path, status) pairs into `failures`: each is used once.
+    Spaces are called "spaces/owner/name". To make the next requests fail, put (part of the path, status) pairs into
+    `failures`: each is used once. Files above `lfs_threshold` bytes, and weights of any size, come by LFS.
     """
 
     def __init__(self) -> None:
@@ -39,6 +44,7 @@ class HubServer:
         self.objects: dict[str, bytes] = {}  # LFS, by sha256
         self.failures: list[tuple[str, int]] = []
         self.requests: list[str] = []
+        self.lfs_threshold = 10 << 20
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
@@ -85,7 +91,13 @@ class _Handler(BaseHTTPRequestHandler):
             return b"".join(chunks)
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
+    def cut(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
     def send(self, status: int, content: object = b"", **headers: str) -> None:
+        if self.is_lost:
+            return self.cut()
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in headers.items():
@@ -101,10 +113,16 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         path, data = unquote(urlsplit(self.path).path), self.body()
         self.hub.requests.append(f"{self.command} {path}")
+        self.is_lost = False
         for failure in self.hub.failures:
             if failure[0] in path:
                 self.hub.failures.remove(failure)
-                return self.error(failure[1], "planted failure")
+                if failure[1] == CUT:
+                    return self.cut()
+                if failure[1] != LOST:
+                    return self.error(failure[1], "planted failure")
+                self.is_lost = True
+                break
         is_allowed = self.headers.get("Authorization") == f"Bearer {TOKEN}" or path.startswith("/objects/")
         if self.command in ("POST", "PUT") and not is_allowed:
             return self.error(401, "Invalid username or password.")
@@ -121,8 +139,11 @@ class _Handler(BaseHTTPRequestHandler):
     def create(self, data: bytes) -> None:
         request = json.loads(data)
         name = f"{request.get('organization') or 'user'}/{request['name']}"
+        if request.get("type") == "space":
+            name = f"spaces/{name}"
         exists = name in self.hub.repositories
-        self.hub.repositories.setdefault(name, Repository())
+        private = request.get("visibility") == "private"
+        self.hub.repositories.setdefault(name, Repository(private=private, sdk=request.get("sdk")))
         self.send(409 if exists else 200, {"url": f"{self.hub.endpoint}/{name}"})
 
     def whoami(self, data: bytes) -> None:
@@ -143,7 +164,8 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, data: bytes, name: str) -> None:
         if (repository := self.repository(name)) is not None:
             siblings = [{"rfilename": path} for path in sorted(repository.files)]
-            self.send(200, {"id": name, "sha": repository.sha, "siblings": siblings, "private": False, "tags": []})
+            about = {"id": name, "sha": repository.sha, "private": repository.private, "tags": []}
+            self.send(200, about | {"siblings": siblings})
 
     def tree(self, data: bytes, name: str) -> None:
         if (repository := self.repository(name)) is not None:
@@ -156,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
         answers = []
         for file in json.loads(data)["files"]:
             path = file["path"]
-            is_lfs = path.endswith((".safetensors", ".bin"))
+            is_lfs = path.endswith((".safetensors", ".bin", ".onnx")) or file["size"] > self.hub.lfs_threshold
             known = repository.files.get(path)
             if known is not None:
                 known = etag(known, "sha256") if is_lfs else etag(known)
@@ -181,15 +203,21 @@ class _Handler(BaseHTTPRequestHandler):
         if (repository := self.repository(name)) is None:
             return
         header, *operations = [json.loads(line) for line in data.splitlines()]
+        if header["value"].get("parentCommit", repository.sha) != repository.sha:
+            return self.error(412, "A commit has happened since. Please refresh and try again.")
+        files, lfs = dict(repository.files), set(repository.lfs)
         for operation in operations:
             value = operation["value"]
             if operation["key"] == "file":
-                repository.files[value["path"]] = base64.b64decode(value["content"])
+                files[value["path"]] = base64.b64decode(value["content"])
             elif operation["key"] == "lfsFile":
-                repository.files[value["path"]] = self.hub.objects[value["oid"]]
-                repository.lfs.add(value["path"])
+                files[value["path"]] = self.hub.objects[value["oid"]]
+                lfs.add(value["path"])
+            elif operation["key"] == "deletedFile":
+                del files[value["path"]]
             else:
                 return self.error(400, f"unknown operation {operation['key']}")
+        repository.files, repository.lfs = files, lfs
         paths = [operation["value"]["path"] for operation in operations]
         repository.commits.append({"summary": header["value"]["summary"], "paths": paths})
         oid = repository.sha
@@ -210,16 +238,16 @@ def etag(content: bytes, kind: str = "git") -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-KIND = "(?:models|datasets)"
-NAME = r"([^/]+/[^/]+)"
+KIND = "(?:models/|datasets/)?"
+NAME = r"((?:spaces/)?[^/]+/[^/]+)"
 ROUTES = (
     ("POST", "/api/repos/create", _Handler.create),
     ("GET", "/api/whoami-v2", _Handler.whoami),
     ("POST", "/api/validate-yaml", _Handler.validate),
-    ("POST", rf"/api/{KIND}/{NAME}/preupload/[^/]+", _Handler.preupload),
-    ("POST", rf"/api/{KIND}/{NAME}/commit/[^/]+", _Handler.commit),
-    ("GET", rf"/api/{KIND}/{NAME}/tree/.+", _Handler.tree),
-    ("GET", rf"/api/{KIND}/{NAME}(?:/revision/[^/]+)?", _Handler.info),
+    ("POST", rf"/api/{KIND}{NAME}/preupload/[^/]+", _Handler.preupload),
+    ("POST", rf"/api/{KIND}{NAME}/commit/[^/]+", _Handler.commit),
+    ("GET", rf"/api/{KIND}{NAME}/tree/.+", _Handler.tree),
+    ("GET", rf"/api/{KIND}{NAME}(?:/revision/[^/]+)?", _Handler.info),
     ("POST", rf"/(?:datasets/)?{NAME}\.git/info/lfs/objects/batch", _Handler.batch),
     ("PUT", r"/objects/([0-9a-f]{64})", _Handler.store),
     ("GET", rf"/(?:datasets/)?{NAME}/resolve/[^/]+/(.+)", _Handler.resolve),

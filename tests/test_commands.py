@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,10 +29,10 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_po
 ACCELERATE = ["-m", "accelerate.commands.launch", "--quiet", "--config_file", "configs/accelerate/one_process.yaml"]
 
 
-def run(*arguments, launcher=(), ok=True, environment=None):
+def run(*arguments, launcher=(), ok=True, environment=None, cwd=ROOT):
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
     done = subprocess.run(
-        [sys.executable, *launcher, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, *launcher, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True
     )
     assert (done.returncode == 0) is ok, done.stdout[-3000:] + done.stderr[-6000:]
     return done
@@ -94,6 +96,9 @@ def test_train_prints_a_table_and_writes_metrics_student_card_and_configuration(
         assert metrics[role]["parameters"] > 0 and metrics[role]["ms_per_image"] > 0
         assert role in done.stdout
     assert metrics["protocol"]["num_images"] == 10
+    training = metrics["training"]
+    assert (training["steps"], training["images"], training["train_images"]) == (10, 40, 24)
+    assert training["train_runtime"] > 0 and "cpu" in training["device"]
     student = AutoModelForObjectDetection.from_pretrained(folder)
     assert sum(p.numel() for p in student.parameters()) == metrics["student"]["parameters"]
     assert "12 queries" in done.stderr and "15 queries" in done.stderr  # what was built is said
@@ -138,11 +143,13 @@ def test_a_stopped_run_goes_on_with_the_same_command(trained, world, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_evaluate_gives_the_numbers_of_the_training_run(trained, world, tmp_path):
+def test_the_command_of_the_card_gives_the_numbers_of_the_training_run(trained, world, tmp_path):
     folder, _ = trained
     out, results = tmp_path / "metrics.json", tmp_path / "results.json"
-    arguments = ["--model", folder, "--split", "val", "--output", out, "--predictions", results, "--batch-size", "4"]
-    run("scripts/evaluate.py", "--data", world / "shapes", *arguments)
+    command = (folder / "README.md").read_text().split("```bash\n")[1].split("\n```")[0]
+    program, *arguments = shlex.split(command)
+    assert program == "asd-hf"
+    run("-m", "asd_hf.commands", *arguments, "--output", out, "--predictions", results, cwd=world)
     numbers, known = json.loads(out.read_text()), json.loads((folder / "metrics.json").read_text())["student"]
     assert {s: numbers[s] for s in STATS} == {s: known[s] for s in STATS}
     assert numbers["protocol"]["resolution"] == {"height": 96, "width": 96}
@@ -210,8 +217,10 @@ def test_push_to_hub(world, tmp_path):
             repository.files
         )
         assert not [name for name in repository.files if name.startswith(("_", "checkpoint")) or name.endswith(".bin")]
+        assert len(repository.commits) == 1
         card = repository.files["README.md"].decode()
-        assert str(world) not in card + repository.files["asd_hf.yaml"].decode()
+        texts = {name: text for name, text in repository.files.items() if not name.endswith(".safetensors")}
+        assert not [name for name, text in texts.items() if str(world).encode() in text]
         assert str(world) in (tmp_path / "asd_hf.yaml").read_text()  # here it must run again
         assert "model-index" in card and "AP50" in card and 'model="user/small"' in card
         load = "from transformers import AutoModelForObjectDetection as M; model = M.from_pretrained('user/small')"
@@ -219,6 +228,19 @@ def test_push_to_hub(world, tmp_path):
         assert run("-c", f"{load}; print(model.num_parameters())", environment=hub.env).stdout.strip() == str(
             parameters
         )
+
+
+def test_a_licence_that_forbids_pushing_ends_the_run_before_it_begins(world, tmp_path):
+    shutil.copytree(world / "teacher", tmp_path / "teacher")
+    (tmp_path / "teacher" / "README.md").write_text("---\nlicense: cc-by-nd-4.0\n---\n")
+    overrides = [
+        f"model.teacher={tmp_path}/teacher",
+        f"training.output_dir={tmp_path}/out",
+        "training.push_to_hub=true",
+    ]
+    done = run("scripts/train.py", "--config", world / "run.yaml", *overrides, ok=False)
+    assert "teacher, which taught the student, is under cc-by-nd-4.0, which forbids derived works" in done.stderr
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_the_python_example_of_the_readme_runs(tmp_path):

@@ -12,8 +12,9 @@ LAYERS = [
     {"detectors"},
     {"criterion", "fast_criterion", "features", "losses", "matching", "questions", "sampling", "targets"},
     {"models", "methods"},
-    {"classes", "distiller", "ema", "pace", "student", "data", "evaluation", "hub", "bad_steps", "teacher_cache"},
-    {"config", "resumable", "trainer", "build", "doctor", "benchmark", "compare", "selftest", "replay"},
+    {"classes", "distiller", "ema", "pace", "student", "data", "evaluation", "bad_steps", "teacher_cache"}
+    | {"hub", "licenses", "card", "space"},
+    {"config", "resumable", "trainer", "build", "doctor", "benchmark", "compare", "selftest", "replay", "sharing"},
     {"predict"},
     {"demo"},
     {"commands"},

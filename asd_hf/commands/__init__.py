@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "COCO numbers of a model on a data set",
     "predict": "draw what a model finds in images and videos, and write it as COCO results",
     "demo": "show in a browser what a model finds, and its teacher beside it",
+    "push": "put a trained student on the Hub: model, card, numbers and, if exported, ONNX in one commit",
     "doctor": "say before training what fits, what is adapted and what is refused",
     "cache": "write the teacher's predictions to disk, to train without the teacher",
     "compare": "train several methods with several seeds and say which is better",

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
-from huggingface_hub import create_repo
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from ..build import Parts
@@ -16,11 +16,11 @@ from ..doctor import check, report
 from ..errors import UserError
 from ..evaluation import TOP_K, format_table, milliseconds_per_image
 from ..files import write_whole
-from ..hub import call_hub, is_hub_id
-from ..methods import get_method
+from ..licenses import check_licenses
+from ..pace import device_name, seconds_of_steps
 from ..progress import is_quiet, show_logs
+from ..sharing import METRICS, create_repository, make_card, origins, push_run, read_run
 from ..stopping import advise
-from ..student import StudentConfig
 from ..trainer import RUN_CONFIG, DistillationTrainer
 
 
@@ -45,7 +45,7 @@ def train(run: RunConfig) -> dict:
 
     Returns:
         `metrics.json`'s contents: "teacher" (if any) and "student", and "ema" if there is one; on rank 0 also
-        the time of an image and the evaluation's "protocol".
+        the time of an image, the evaluation's "protocol", and what "training" took.
     """
     args = run.training
     with writing(Path(args.output_dir)):
@@ -56,10 +56,11 @@ def train(run: RunConfig) -> dict:
 
     parts = Parts(run)
     report(check(parts))
-    if args.push_to_hub and args.process_index == 0:
-        # Trainer creates the repository as well, but tries only once.
+    push, args.push_to_hub = args.push_to_hub, False  # Trainer's own would try once, and upload what is private
+    if push and args.process_index == 0:
+        check_licenses(origins(asdict(run.model)))
         name = args.hub_model_id or Path(args.output_dir).absolute().name
-        call_hub(lambda: create_repo(name, private=args.hub_private_repo, exist_ok=True), "training has not begun")
+        create_repository(name, args.hub_private_repo, "training has not begun")
     trainer = parts.trainer()
     if is_quiet():
         for callback in (ProgressCallback, PrinterCallback):
@@ -73,12 +74,13 @@ def train(run: RunConfig) -> dict:
         names = [name for name in ("teacher", "student", "ema") if name in metrics]
         print("\n" + format_table({name: metrics[name] for name in names}) + "\n")
         with writing(Path(args.output_dir)):
-            write_whole(Path(args.output_dir) / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-            trainer.card = _card(parts, trainer, metrics)
-            trainer.create_model_card()
+            write_whole(Path(args.output_dir) / METRICS, json.dumps(metrics, indent=2) + "\n")
+            finished = read_run(Path(args.output_dir))
+            make_card(finished, finished.name).save(Path(args.output_dir) / "README.md")
         print(f"student, metrics.json, model card and configuration are in {args.output_dir}")
-    if args.push_to_hub:
-        call_hub(trainer.push_to_hub, f"the student is complete in {args.output_dir}")
+        if push:
+            shared, pushed = push_run(finished, finished.name, args.hub_private_repo)
+            print("\n".join([*(f"note: {remark}" for remark in shared.remarks), str(pushed)]))
     return metrics
 
 
@@ -146,31 +148,20 @@ def _final_metrics(trainer: DistillationTrainer, parts: Parts) -> dict:
         )
         if data.teacher_size is not None:
             metrics["protocol"]["teacher_resolution"] = resize_spec(teacher_view(data))
+        metrics["training"] = _costs(trainer, parts)
     return metrics
 
 
-def _teacher_info(parts: Parts) -> dict | None:
-    if parts.self_taught or parts.teacher_spec is None:
-        return None
-    return {"id": parts.run.model.teacher, "cache": None if parts.cache is None else parts.cache.manifest.kind}
-
-
-def _card(parts: Parts, trainer: DistillationTrainer, metrics: dict) -> dict:
-    """What `write_model_card` wants to know."""
-    run = parts.run
-    chosen, source = run.model.student, run.data.source
-    chosen = StudentConfig(checkpoint=chosen) if isinstance(chosen, str) else chosen
-    weights_from = [chosen.checkpoint, run.model.teacher if chosen.copy_weights else None]
+def _costs(trainer: DistillationTrainer, parts: Parts) -> dict:
+    """What the training took, over all of its interruptions."""
+    args, state = trainer.args, trainer.state
+    images = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {
-        "model_id": trainer.hub_model_id or run.training.hub_model_id or Path(run.training.output_dir).name,
-        "student_info": {
-            "architecture": type(parts.student.model).__name__,
-            "weights_from": [w for w in weights_from if w is not None],
-        },
-        "teacher_info": _teacher_info(parts),
-        "method_papers": [get_method(name).paper for name in run.methods],
-        "metrics": {k: v for k, v in metrics.items() if k != "protocol"},
-        "protocol": metrics["protocol"],
-        "dataset": {"name": Path(source).name, "id": source if is_hub_id(source) else None},
-        "config_yaml": run.to_yaml(),
+        "device": device_name(args.device),
+        "ranks": args.world_size,
+        "steps": state.global_step,
+        "images": state.global_step * images,
+        "train_images": parts.train_source.num_rows,
+        "train_runtime": seconds_of_steps(state.log_history, state.global_step),
+        "teacher_predictions": None if parts.cache is None else parts.cache.manifest.kind,
     }

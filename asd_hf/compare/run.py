@@ -28,6 +28,7 @@ from ..errors import UserError
 from ..evaluation import STATS, TOP_K
 from ..evaluation.bootstrap import bootstrap_ap
 from ..files import write_whole
+from ..pace import device_name
 from ..teacher_cache import weights_sha256
 from ..trainer import DistillationTrainer
 from .plan import Plan
@@ -200,16 +201,15 @@ def _costs(trainer: DistillationTrainer, clock: Clock) -> dict:
     state, device = trainer.state, trainer.args.device
     seconds = max((entry["seconds"] for entry in state.log_history), default=clock.seconds)
     if device.type == "cuda":
-        peak, name = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
+        peak = torch.cuda.max_memory_allocated(device)
     else:
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        name = f"cpu, {torch.get_num_threads()} threads"
     return {
         "steps": state.global_step,
         "seconds": seconds,
         "ms_per_step": round(1e3 * seconds / state.global_step, 2),
         "peak_memory_mib": round(peak / 2**20, 1),
-        "device": name,
+        "device": device_name(device),
     }
 
 
