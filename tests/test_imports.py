@@ -13,7 +13,19 @@ LAYERS = [
     {"criterion", "fast_criterion", "features", "losses", "matching", "questions", "sampling", "targets"},
     {"models", "methods"},
     {"classes", "distiller", "ema", "pace", "student", "data", "evaluation", "hub", "bad_steps", "teacher_cache"},
-    {"config", "resumable", "trainer", "build", "doctor", "benchmark", "compare", "selftest", "replay"},
+    {
+        "config",
+        "resumable",
+        "trainer",
+        "build",
+        "doctor",
+        "benchmark",
+        "compare",
+        "selftest",
+        "replay",
+        "export",
+        "shrink",
+    },
     {"commands"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -105,10 +105,13 @@ def evaluate(args: argparse.Namespace) -> dict:
 
 def data_config(processor, source: str, split: str, overrides: list[str]) -> DataConfig:
     """The data section that resizes as the model's processor does, then `overrides`."""
-    size = dict(processor.size)
-    values = {"source": source, "eval_split": split}
-    if "shortest_edge" in size:
-        values |= {"resize": "multiscale", "eval_size": size["shortest_edge"], "max_size": size["longest_edge"]}
-    else:
-        values |= {"resize": "fixed", "fixed_size": [size["height"], size["width"]]}
+    values = {"source": source, "eval_split": split} | resize_values(processor)
     return parse_overrides(DataConfig, values, "data", overrides)
+
+
+def resize_values(processor) -> dict[str, str | int | list[int]]:
+    """Keys of the data section that resize as an image processor does."""
+    size = dict(processor.size)
+    if "shortest_edge" in size:
+        return {"resize": "multiscale", "eval_size": size["shortest_edge"], "max_size": size["longest_edge"]}
+    return {"resize": "fixed", "fixed_size": [size["height"], size["width"]]}
