@@ -78,9 +78,8 @@ def shrink(
     if not any(ladders.values()):
         raise UserError(f"this {teacher.spec.family} has nothing that could be made smaller")
     found, refused = [], {}
-    with tqdm(
-        total=sum(len(ladder).bit_length() for ladder in ladders.values()), desc="measure", unit="student"
-    ) as bar:
+    steps = sum(len(ladder).bit_length() for ladder in ladders.values())
+    with tqdm(total=steps, desc="measure", unit="student", leave=False) as bar:
         for backbone, ladder in ladders.items():
             low, high = 0, len(ladder)  # rungs before `low` miss the target, those from `high` on meet it
             while low < high:

@@ -54,10 +54,13 @@ def main(argv: list[str]) -> int:
         raise UserError(f"a {teacher.spec.family} can only be a teacher: no student has its form")
     canvas = Canvas.of(teacher, args.size)
     processor = canvas.processor(teacher.processor)
+    output = args.output or Path(f"{Path(args.teacher).name}-student.yaml")
+    sections = _sections(args, teacher, processor, output)
+    build_config(sections, str(output))  # mistakes show before anything is measured
     image = canvas.height, canvas.width
     found, refused = shrink(teacher, dict(processor.size), image, args.target_ms, args.device, args.rounds)
     chosen = choose(found, args.target_ms)
-    print(_table(found, chosen))
+    print(_table(found, chosen, args.target_ms))
     for backbone, reason in refused.items():
         print(f"{backbone}: {reason}")
     if chosen is None:
@@ -68,7 +71,6 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 1
-    output = args.output or Path(f"{Path(args.teacher).name}-student.yaml")
     head = HEADER.format(
         teacher=args.teacher,
         ms=chosen.milliseconds,
@@ -79,29 +81,32 @@ def main(argv: list[str]) -> int:
         copied=chosen.copied / chosen.parameters,
         target=args.target_ms,
     )
-    sections = _sections(args, teacher, processor, chosen, output)
-    build_config(sections, str(output))
+    sections["model"]["student"] = _student(chosen) | sections["model"].get("student", {})
     write_whole(output, head + yaml.safe_dump(sections, sort_keys=False, width=110))
     print(f"\n{output}: asd-hf doctor --config {output}")
     return 0
 
 
-def _table(found: list[Candidate], chosen: Candidate | None) -> str:
+def _table(found: list[Candidate], chosen: Candidate | None, target_ms: float) -> str:
     rows = []
     for candidate in found:
         share = candidate.copied / candidate.parameters
         numbers = f"{candidate.parameters / 1e6:.2f}M", f"{share:.0%}", f"{candidate.milliseconds:.1f}"
-        rows.append([candidate.name, *numbers, "chosen" if candidate is chosen else ""])
-    return format_table(["student: as the teacher, but", "parameters", "of the teacher", "ms an image", ""], rows)
+        meets = "chosen" if candidate is chosen else "yes" if candidate.milliseconds <= target_ms else "no"
+        rows.append([candidate.name, *numbers, meets])
+    header = ["as the teacher, but", "parameters", "begin with its weights", "ms an image", f"meets {target_ms:g} ms"]
+    return format_table(header, rows)
 
 
-def _sections(
-    args: argparse.Namespace, teacher: DetectorAdapter, processor, chosen: Candidate, output: Path
-) -> dict[str, dict]:
-    """Of the configuration: what was chosen, and the method that the evidence speaks for."""
+def _student(chosen: Candidate) -> dict[str, str | int | bool]:
+    """The `model.student` of a configuration."""
     sizes = {key: value for key in SIZES if (value := getattr(chosen.student, key)) is not None}
-    if "backbone" in sizes:
-        sizes["pretrained_backbone"] = True
+    pretrained = {"pretrained_backbone": True} if "backbone" in sizes else {}
+    return {"base": "teacher"} | sizes | pretrained | {"copy_weights": True}
+
+
+def _sections(args: argparse.Namespace, teacher: DetectorAdapter, processor, output: Path) -> dict[str, dict]:
+    """Of the configuration, but for the student: the data as the teacher sees them, and the method to begin with."""
     data = {"source": args.data}
     if args.data is None:
         data = {"source": "data/coco", "train_split": "train2017", "eval_split": "val2017"}
@@ -110,7 +115,7 @@ def _sections(
         usual = DataConfig()
         data["train_sizes"] = [round(side * data["eval_size"] / usual.eval_size) for side in usual.train_sizes]
     sections = {
-        "model": {"teacher": args.teacher, "student": {"base": "teacher"} | sizes | {"copy_weights": True}},
+        "model": {"teacher": args.teacher},
         "data": data,
         # Without a decoder to ask there is one layer to distil, by a method that asks nothing
         "method": {"name": "balanced_pairs"}
