@@ -144,7 +144,7 @@ def write_graph(adapter: DetectorAdapter, canvas: Canvas, file: Path) -> None:
         raise UserError(
             f"a {family} is told its classes as text, and a graph has those that it was made with: not exported"
         )
-    require("onnx", "onnxscript")
+    _, optimizer = require("onnx", "onnxscript.optimizer")
     adapter.model.cpu().eval()
     graph = Graph(adapter, canvas)
     names, shapes = ["pixel_values", "pixel_mask"][: 1 + canvas.masked], None
@@ -155,18 +155,20 @@ def write_graph(adapter: DetectorAdapter, canvas: Canvas, file: Path) -> None:
     try:
         with torch.no_grad(), warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
             warnings.simplefilter("ignore")
-            torch.onnx.export(
+            program = torch.onnx.export(
                 graph,
                 graph.example(),
-                file,
                 input_names=names,
                 output_names=["logits", "pred_boxes"],
                 dynamic_shapes=shapes,
                 custom_translation_table={torch.ops.aten._is_all_true.default: _all_true()},
-                external_data=False,
+                optimize=False,  # its rewriting gives two clamps of one tensor bounds of one name
                 dynamo=True,
                 verbose=False,
             )
+            for simplify in (optimizer.inline, optimizer.fold_constants, optimizer.remove_unused_nodes):
+                simplify(program.model)
+            program.save(file, external_data=False)
     except Exception as error:  # whatever the exporter meets: it is one of its limits, and the user's model is whole
         raise UserError(f"a {family} cannot be exported to ONNX: {_reason(error)}") from error
     finally:
