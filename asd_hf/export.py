@@ -319,16 +319,16 @@ def export_detector(
 
 
 def _judge(difference: Difference, ap: dict[str, float] | None, dtype: str) -> None:
-    advice = ": nothing was written" + ("; --dtype fp32 keeps more digits" if dtype == "fp16" else "")
+    advice = "nothing was written" + ("; --dtype fp32 keeps more digits" if dtype == "fp16" else "")
     if ap is None and difference.lost > MOST_LOST:
         raise UserError(
             f"{difference.lost:.1%} of the queries answer otherwise than in PyTorch (boxes by up to "
-            f"{difference.pred_boxes:.2g} of the image){advice}"
+            f"{difference.pred_boxes:.2g} of the image): {advice}; with --data, AP decides"
         )
     if ap is not None and 100 * abs(ap["onnxruntime"] - ap["pytorch"]) > MOST_AP:
         raise UserError(
             f"AP {100 * ap['onnxruntime']:.2f} in ONNX Runtime and {100 * ap['pytorch']:.2f} in PyTorch are more than "
-            f"{MOST_AP} apart{advice}"
+            f"{MOST_AP} apart: {advice}"
         )
 
 

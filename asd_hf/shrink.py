@@ -72,7 +72,7 @@ def shrink(
         All that were measured, the largest first; and of the backbones that this family cannot have the reason.
 
     Raises:
-        UserError: nothing of the teacher can be made smaller.
+        UserError: nothing of the teacher can be made smaller, or no student of it be built.
     """
     ladders = {backbone: _ladder(teacher, backbone) for backbone in _backbones(teacher)}
     if not any(ladders.values()):
@@ -93,6 +93,8 @@ def shrink(
                 found.append(candidate)
                 low, high = (low, middle) if candidate.milliseconds <= target_ms else (middle + 1, high)
                 bar.update()
+    if not found:
+        raise UserError("; ".join(f"{backbone}: {reason}" for backbone, reason in refused.items()))
     return sorted(found, key=lambda candidate: -candidate.parameters), refused
 
 
@@ -129,7 +131,7 @@ def _ladder(teacher: DetectorAdapter, backbone: str | None) -> list[dict[str, in
         {"decoder_layers": max(FEWEST_LAYERS, math.ceil(spec.num_layers / 3))},
         {"encoder_layers": max(1, encoder // 3)},
         {"num_queries": max(1, spec.num_queries // 2)},
-        {"d_model": max(NARROWEST, spec.hidden_size // 2)},
+        {"d_model": max(NARROWEST, spec.hidden_size // 64 * 32)},  # a multiple of 32
     ]
     now = {
         "decoder_layers": spec.num_layers,

@@ -161,6 +161,7 @@ def test_teachers_of_open_vocabulary_are_refused(name, tmp_path, capsys):
         (["--model", "shapes"], "--output must be given: shapes is no folder"),
         (["--model", "shapes", "--output", "x", "--size", "64"], "'64' is not of the form H,W"),
         (["--model", "shapes", "--output", "x", "--batch", "0"], "'0' is no number from 1 upwards"),
+        (["--model", "shapes", "--output", "x", "--limit", "5"], "--limit and data.key=value say something of --data"),
         (["--model", "{rt_detr}", "--size", "64,70"], "a rt_detr cannot take 64,70: give --size 64,96"),
         (["--model", "{lw_detr}"], "a lw_detr counts whole cells of padded images: give --size H,W"),
     ],

@@ -157,6 +157,8 @@ def latency(argv: list[str]) -> None:
     for name in runtimes:
         if name not in RUNTIMES:
             raise UserError(f"--runtimes: {name!r}: {nearest(name, RUNTIMES)}")
+    if len(set(args.models)) < len(args.models):
+        raise UserError("--model: the same one is given twice")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU here")
     adapters = {name: load_teacher(name, "--model") for name in args.models}

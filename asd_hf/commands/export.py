@@ -14,7 +14,7 @@ from .evaluate import data_config
 from .train import report_progress
 
 COMPARED = 16  # images on which outputs are compared
-GENERATED = f"shapes?num_train=1&num_val={COMPARED}"  # where no data are given
+GENERATED = f"shapes?num_train=1&num_val={COMPARED}"  # images where no data are given
 
 
 def main(argv: list[str]) -> None:
@@ -49,13 +49,16 @@ def export(args: argparse.Namespace) -> dict:
     """Exports as `args` says and returns `parity.json`'s contents."""
     if args.output is None and not Path(args.model).is_dir():
         raise UserError(f"--output must be given: {args.model} is no folder that could hold the file")
+    if args.data is None and (args.limit is not None or args.overrides):
+        raise UserError("--limit and data.key=value say something of --data, which is not given")
     report_progress(0)
     adapter = load_teacher(args.model, "--model")
     canvas = Canvas.of(adapter, args.size, args.batch)
-    config = data_config(canvas.processor(adapter.processor), args.data or GENERATED, args.split, args.overrides)
+    data, split = (args.data, args.split) if args.data else (GENERATED, "val")
+    config = data_config(canvas.processor(adapter.processor), data, split, args.overrides)
     if args.limit is not None:
         config.num_eval_images = args.limit
-    source = open_source(config.source, config.eval_split if args.data else "val", config)
+    source = open_source(data, split, config)
     batch_size = canvas.batch or 8
 
     def batches():
