@@ -15,7 +15,17 @@ from tqdm import tqdm
 
 from asd_hf.detectors import get_adapter
 from asd_hf.errors import UserError
-from asd_hf.export import Canvas, CanvasDetector, Difference, compare, eager, halve_graph, open_graph, write_graph
+from asd_hf.export import (
+    MOST_LOST,
+    Canvas,
+    CanvasDetector,
+    Difference,
+    compare,
+    eager,
+    halve_graph,
+    open_graph,
+    write_graph,
+)
 from tests import tiny
 from tests.families import FAMILIES
 
@@ -72,8 +82,9 @@ def table_row(name: str) -> str:
     for key in (("fp32", 1), ("fp32", None), ("fp16", 1), ("fp16", None)):
         cell = found[key]
         if isinstance(cell, Difference):
-            lost = f", {cell.lost:.0%} lost" if cell.lost else ""
-            cell = f"{cell.logits:.0e}, {cell.pred_boxes:.0e}{lost}"
+            lost = f", {cell.lost:.0%} of the queries" if cell.lost else ""
+            works = "" if cell.lost <= MOST_LOST else "refused: "
+            cell = f"{works}{cell.logits:.0e}, {cell.pred_boxes:.0e}{lost}"
         cells.append(cell)
     return f"| {' | '.join(cells)} |\n"
 
