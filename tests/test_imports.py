@@ -14,7 +14,8 @@ LAYERS = [
     {"models", "methods"},
     {"classes", "distiller", "ema", "pace", "student", "data", "evaluation", "bad_steps", "teacher_cache"}
     | {"hub", "licenses", "card", "space"},
-    {"config", "resumable", "trainer", "build", "doctor", "benchmark", "compare", "selftest", "replay", "sharing"},
+    {"config", "resumable", "trainer", "build", "doctor", "benchmark", "compare", "selftest", "replay", "sharing"}
+    | {"export", "shrink"},
     {"predict"},
     {"demo"},
     {"commands"},

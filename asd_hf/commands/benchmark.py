@@ -5,10 +5,12 @@ import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import torch
 from transformers import set_seed
 
 from ..benchmark.data import OURS, measure_data
 from ..benchmark.evaluation import measure_evaluation
+from ..benchmark.latency import RUNTIMES, measure_latency
 from ..benchmark.loss import SWEEPS, LossSize, measure_losses
 from ..benchmark.sidebyside import format_table, write_rows
 from ..benchmark.step import format_costs, measure_steps
@@ -16,10 +18,13 @@ from ..build import Parts
 from ..compare.plan import choose_variants, read_variants
 from ..config import build_methods, load_config
 from ..errors import UserError
+from ..export import Canvas
 from ..fast_criterion import LOSSES
 from ..methods import METHODS, MethodConfig
 from ..progress import show_logs
 from ..registry import nearest
+from ..student import load_teacher
+from .export import size
 
 
 def main(argv: list[str]) -> None:
@@ -125,7 +130,52 @@ def loss(argv: list[str]) -> None:
         write_rows(args.json, [asdict(row) for row in rows])
 
 
-BENCHMARKS = {"step": step, "loss": loss, "data": data, "eval": evaluation}
+def latency(argv: list[str]) -> None:
+    """what a batch takes a model, in PyTorch and in ONNX Runtime"""
+    parser = _parser("latency", latency.__doc__, rounds=20)
+    parser.add_argument(
+        "--model",
+        action="append",
+        required=True,
+        dest="models",
+        metavar="DIR_OR_HUB_ID",
+        help="may be given several times; all are compared with the first",
+    )
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images at once (default: 1)")
+    parser.add_argument(
+        "--size", type=size, metavar="H,W", help="of the images; default: as each model's processor says"
+    )
+    parser.add_argument(
+        "--runtimes",
+        default="eager,onnx",
+        metavar="A,B",
+        help=f"of {', '.join(RUNTIMES)} (default: eager,onnx; compiling takes minutes)",
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
+    args = _parse(parser, argv, "batch")
+    runtimes = args.runtimes.split(",")
+    for name in runtimes:
+        if name not in RUNTIMES:
+            raise UserError(f"--runtimes: {name!r}: {nearest(name, RUNTIMES)}")
+    if len(set(args.models)) < len(args.models):
+        raise UserError("--model: the same one is given twice")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here")
+    adapters = {name: load_teacher(name, "--model") for name in args.models}
+    canvases = {name: Canvas.of(adapter, args.size, args.batch) for name, adapter in adapters.items()}
+    rows = measure_latency(adapters, canvases, runtimes, args.rounds, args.device)
+    header = ["", "parameters", "ms a batch", "spread", "ms an image", "times as fast"]
+    cells = []
+    for row in rows:
+        numbers = row.ours_ms, row.ours_spread_ms, row.ours_ms / row.batch
+        speed = f"{1 / row.ratio:.2f} x"
+        cells.append([row.name, f"{row.parameters / 1e6:.2f}M", *(f"{number:.1f}" for number in numbers), speed])
+    print(format_table(header, cells))
+    if args.json is not None:
+        write_rows(args.json, [asdict(row) for row in rows])
+
+
+BENCHMARKS = {"step": step, "loss": loss, "data": data, "eval": evaluation, "latency": latency}
 
 
 def _parser(what: str, description: str, rounds: int = 10) -> argparse.ArgumentParser:

@@ -1,0 +1,120 @@
+"""Students for a latency: what is built, which is chosen, and that its configuration trains."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from asd_hf import shrink as shrinking
+from asd_hf.commands import run
+from asd_hf.config import load_config
+from asd_hf.data import make_shapes
+from asd_hf.detectors import get_adapter
+from asd_hf.shrink import Candidate, _ladder, choose, shrink
+from asd_hf.student import StudentConfig, load_teacher
+from tests import tiny
+from tests.families import FAMILIES, STUDENTS
+
+SIZE, IMAGE = {"height": 64, "width": 64}, (64, 64)
+
+
+@pytest.fixture(scope="module")
+def deep_teacher():
+    return get_adapter(
+        tiny.deformable_detr(
+            encoder_layers=6, decoder_layers=6, backbone_config=tiny.TIMM_RESNET, num_feature_levels=3
+        ),
+        tiny.processor(size=SIZE),
+    )
+
+
+@pytest.mark.parametrize("target", [1, 40, 60, 90, 100, 1000])
+def test_the_search_finds_the_largest_that_meets_the_target(target, deep_teacher, monkeypatch):
+    """Times that fall with every rung are given: the bisection finds what measuring every one of them does."""
+
+    def measure(config, *_):
+        layers = (config.encoder_layers or 6) + (config.decoder_layers or 6)
+        small, few = config.backbone is not None, config.num_queries is not None
+        return Candidate(config, 1000 * (2 - small) + 10 * layers - few, 0, 10.0 * layers - 30 * small - few)
+
+    monkeypatch.setattr(shrinking, "_measure", measure)
+    found, refused = shrink(deep_teacher, SIZE, IMAGE, target)
+    ladders = {backbone: _ladder(deep_teacher, backbone) for backbone in (None, "mobilenetv3_large_100")}
+    every = [
+        measure(StudentConfig(backbone=backbone, copy_weights=True, **rung))
+        for backbone, ladder in ladders.items()
+        for rung in ladder
+    ]
+    assert not refused and len(found) <= 6 < len(every) and len({c.student.backbone for c in found}) == 2
+    assert choose(found, target) == choose(every, target)
+    assert (choose(found, target) is None) == (target == 1)
+
+
+def test_layers_go_first_and_stay_the_teachers(deep_teacher):
+    rungs = _ladder(deep_teacher, "mobilenetv3_large_100")
+    assert rungs[:3] == [{}, {"decoder_layers": 3}, {"decoder_layers": 3, "encoder_layers": 3}]
+    assert rungs[-1] == {"decoder_layers": 2, "encoder_layers": 2, "num_queries": 6}  # no width below 64
+    assert _ladder(deep_teacher, None) == rungs[1:]
+    student = shrinking._measure(
+        StudentConfig(copy_weights=True, decoder_layers=3), deep_teacher, SIZE, IMAGE, "cpu", 1
+    )
+    assert student.copied == student.parameters and student.milliseconds > 0
+    other = StudentConfig(copy_weights=True, backbone="mobilenetv3_large_100")
+    other = shrinking._measure(other, deep_teacher, SIZE, IMAGE, "cpu", 1)
+    assert 0 < other.copied < other.parameters < student.parameters
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_the_smallest_student_of_every_family_can_be_built(name):
+    teacher = get_adapter(*FAMILIES[name]())
+    assert (rungs := _ladder(teacher, None))
+    candidate = shrinking._measure(StudentConfig(copy_weights=True, **rungs[-1]), teacher, SIZE, (64, 96), "cpu", 1)
+    assert candidate.parameters > 0 and candidate.copied > 0 and candidate.name
+
+
+def test_the_largest_of_those_that_meet_the_target_is_chosen():
+    found = [Candidate(StudentConfig(), count, 0, ms) for count, ms in ((9, 30.0), (5, 20.0), (3, 10.0))]
+    assert choose(found, 20).parameters == 5 and choose(found, 100).parameters == 9 and choose(found, 9.9) is None
+
+
+@pytest.fixture(scope="module")
+def proposed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shrink")
+    make_shapes(root / "shapes", num_train=24, num_val=4, progress=False)
+    arguments = ["shapes", "--target-ms", "1e6", "--rounds", "1", "--data", str(root / "shapes")]
+    assert run("shrink", [*arguments, "--output", str(root / "student.yaml"), "data.augmentation=flip"]) == 0
+    return root / "student.yaml"
+
+
+def test_the_configuration_is_that_of_the_chosen_student(proposed):
+    text = proposed.read_text()
+    assert text.startswith("# A student of shapes that takes ") and "64 x 64 pixels on cpu" in text
+    config = load_config(proposed)
+    assert config.model.teacher == "shapes" and config.method_name == "balanced_pairs"
+    assert config.model.student == StudentConfig(decoder_layers=2, copy_weights=True)
+    assert (config.data.resize, config.data.fixed_size, config.data.augmentation) == ("fixed", [64, 64], "flip")
+    assert set(yaml.safe_load(text)) == {"model", "data", "method", "training"}
+
+
+def test_the_doctor_and_a_training_take_it_as_it_is(proposed, tmp_path, capsys):
+    quick = ["training.max_steps=2", "training.use_cpu=true", "method.ramp_steps=0"]
+    quick += ["training.eval_strategy=no", "training.save_strategy=no", f"training.output_dir={tmp_path}"]
+    assert run("doctor", ["--config", str(proposed), "--images", "4", "--steps", "0", *quick[1:2]]) == 0
+    assert "refused" not in capsys.readouterr().out
+    assert run("train", ["--config", str(proposed), *[q for q in quick if "ramp" not in q]]) == 0
+    assert (tmp_path / "metrics.json").is_file() and load_teacher(str(tmp_path)).spec.num_layers == 2
+
+
+def test_what_cannot_be_met_is_said(tmp_path, capsys):
+    output = tmp_path / "student.yaml"
+    assert run("shrink", ["shapes", "--target-ms", "0.001", "--rounds", "1", "--output", str(output)]) == 1
+    told = capsys.readouterr()
+    assert "no student meets 0.001 ms: the fastest, decoder 2" in told.err and "| decoder 2" in told.out
+    assert not output.exists()
+
+
+def test_mistakes_are_one_line(capsys):
+    assert run("shrink", ["shapes", "--target-ms", "0"]) == 2
+    assert "--target-ms must be more than 0" in capsys.readouterr().err
+    assert run("shrink", ["shapes", "--target-ms", "9", "--output", "x.yaml", "data.sourec=y"]) == 2
+    assert "data.sourec is unknown: did you mean 'source'?" in capsys.readouterr().err
