@@ -100,7 +100,7 @@ def test_own_work_leaves_out_the_teacher_and_the_models_stand_still(tmp_path, mo
     file.write_text(yaml.safe_dump(values))
     parts, before = Parts(load_config(file)), {}
     before = {name: tensor.clone() for name, tensor in parts.student.model.named_parameters()}
-    take_one_step, calls = step._one_step, []
+    take_one_step, calls = step.one_step, []
 
     def spy(trainer, batch, watch, taught=None):
         assert take_one_step(trainer, batch, watch, taught)
@@ -109,7 +109,7 @@ def test_own_work_leaves_out_the_teacher_and_the_models_stand_still(tmp_path, mo
         asked = {"teacher": 3.0} if taught or trainer.method else {}
         return {"student": plain} | asked | ({"method": 1.0} if trainer.method else {})
 
-    monkeypatch.setattr(step, "_one_step", spy)
+    monkeypatch.setattr(step, "one_step", spy)
     monkeypatch.setattr(step, "_stock_step", lambda *_: lambda: {"student": 1.0})
     costs, refused = step.measure_steps(parts, {"asd": parts.run.methods}, rounds=2)
     row = {cost.name: cost for cost in costs}["asd"]
