@@ -73,6 +73,9 @@ class TrainingConfig(TrainingArguments):
     log_phases: bool = _own(
         False, "Log how long each phase of a step takes, and the longest; the teacher is then not beside the student"
     )
+    channels_last: bool = _own(
+        False, "Keep the backbones' weights and maps with channels last in memory, which some devices are faster with"
+    )
     teacher_stream: bool = _own(
         True, "On a GPU, run the teacher beside the student's forward pass; false: before it, in less memory"
     )

@@ -9,7 +9,7 @@ import torch
 
 
 class SideStream:
-    """A CUDA stream beside the current one, on which the same work gives the same numbers; on a CPU it is done in turn.
+    """A CUDA stream beside the current one, on which work gives the same numbers; on a CPU it is done in turn.
 
     No tensor needs `record_stream`. What the current stream lends it takes back after `join`; what was made here is
     overwritten in the next `running` at the earliest, which begins by waiting for all that has been queued to read it.

@@ -128,11 +128,13 @@ class DistillationTrainer(ResumableTrainer):
             self.teacher = None
         if self.teacher is not None:
             self.teacher.model.requires_grad_(False).eval().to(args.device)
-        if args.torch_compile:
-            for adapter in filter(None, (student, self.teacher)):
-                adapter.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self._beside = SideStream(args.device if args.teacher_stream and self.teacher else torch.device("cpu"))
         self.watch_attention()
+        for adapter in filter(None, (student, self.teacher)):
+            if args.channels_last:
+                adapter.backbone.to(memory_format=torch.channels_last)
+            if args.torch_compile:
+                adapter.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         if args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         self.pace = Pace(args.device, args.log_phases)

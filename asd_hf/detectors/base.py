@@ -276,18 +276,21 @@ class DetectorAdapter:
     # -- speed ------------------------------------------------------------------------------------------------------
 
     def compile(self, **options) -> None:
-        """Compiles in place, when they are first called, the backbone and each layer of encoder and decoder.
+        """Compiles, when they are first called, the backbone and each layer of encoder and decoder.
 
-        The rest, and all that comes after the model, stays as it is: it is watched by hooks, or matches on the host.
-        Names and saved weights do not change.
+        The rest, and all that comes after the model, stays as it is: it is read by hooks, or matches on the host. So
+        do layers whose attention is watched. Names and saved weights do not change.
 
         Args:
             **options: of `torch.compile`.
         """
-        inside = set(self.backbone.modules())
-        layers = [m for m in self.model.modules() if type(m).__name__.endswith(self.layer_names) and m not in inside]
-        for module in (self.backbone, *layers):
-            module.compile(**options)
+        modules, inside = [self.backbone], set(self.backbone.modules())
+        if not self.with_attention:
+            stacked = (m for m in self.model.modules() if type(m).__name__.endswith(self.layer_names))
+            modules += [module for module in stacked if module not in inside]
+        for module in modules:
+            # Its forward and not itself: hooks of `tap`, new ones in each call, must not be compiled with it.
+            module.forward = torch.compile(module.forward, **options)
 
     # -- what a student needs ---------------------------------------------------------------------------------------
 
