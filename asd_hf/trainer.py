@@ -106,6 +106,10 @@ class DistillationTrainer(ResumableTrainer):
                     f"{len(classes.names)}: make it with SharedClasses(...).specs(student.spec, teacher.spec)"
                 )
         self.classes, self.class_map = classes, class_map
+        if args.channels_last:
+            for adapter in (student, teacher):
+                if isinstance(adapter, DetectorAdapter):
+                    adapter.backbone.to(memory_format=torch.channels_last)
         super().__init__(
             model=Distiller(student, criterion, method, classes),
             args=args,
@@ -130,10 +134,8 @@ class DistillationTrainer(ResumableTrainer):
             self.teacher.model.requires_grad_(False).eval().to(args.device)
         self._beside = SideStream(args.device if args.teacher_stream and self.teacher else torch.device("cpu"))
         self.watch_attention()
-        for adapter in filter(None, (student, self.teacher)):
-            if args.channels_last:
-                adapter.backbone.to(memory_format=torch.channels_last)
-            if args.torch_compile:
+        if args.torch_compile:
+            for adapter in filter(None, (student, self.teacher)):
                 adapter.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         if args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
