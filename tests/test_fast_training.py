@@ -41,7 +41,7 @@ def test_compiled_it_trains_the_same(shapes, tmp_path):
     compiled = make_trainer(shapes, tmp_path / "b", torch_compile_backend="eager", **options)
     compiled.train()
     # Backbone, encoder layer and decoder layer of each of the two; more where a layer's graph breaks.
-    assert counters["stats"]["unique_graphs"] >= 6 and sum(counters["graph_break"].values()) <= 1
+    assert counters["stats"]["unique_graphs"] >= 6 and len(counters["graph_break"]) <= 1  # for one reason
     assert_same_training(compiled, usual)
     assert_same_files(tmp_path / "b" / "checkpoint-2", tmp_path / "a" / "checkpoint-2")
     trainer = make_trainer(shapes, tmp_path / "c", seed=9, **options)  # resumed without being compiled
