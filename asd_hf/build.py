@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cached_property
 
+import torch
+
 from .classes import SharedClasses, align_classes, find_classes
 from .config import RunConfig
 from .data import (
@@ -23,7 +25,7 @@ from .errors import UserError
 from .hub import is_at_hand
 from .methods import CombinedMethod, DistillationMethod, MethodConfig, get_method
 from .student import SELF_TAUGHT, StudentConfig, build_student, load_teacher, prompt_teacher
-from .teacher_cache import TeacherCache
+from .teacher_cache import CacheWriter, Contents, TeacherCache
 from .trainer import DistillationTrainer
 
 
@@ -63,6 +65,12 @@ class Parts:
         if teacher == self.run.model.teacher:
             names += ["teacher", "cache"]
         other.__dict__.update({name: getattr(self, name) for name in names})
+        return other
+
+    def from_disk(self, cache: TeacherCache) -> Parts:
+        """The same with predictions on disk in the teacher's place."""
+        other = self.under(self.run.methods, self.run.model.teacher)
+        other.__dict__.update(teacher=None, cache=cache)
         return other
 
     @_part
@@ -152,6 +160,46 @@ class Parts:
                 "build it again (asd-hf cache), or train with the teacher (model.teacher_cache=null)"
             )
         return cache
+
+    def cache_writer(
+        self,
+        views: int | None = None,
+        canonical: bool = False,
+        top_queries: int | None = None,
+        top_classes: int | None = None,
+    ) -> CacheWriter:
+        """What writes the teacher's predictions for the method, see there; the teacher moves to the device."""
+        training = self.run.training
+        if self.teacher is None or self.method is None:
+            raise UserError(
+                "only what a pretrained teacher tells a method can be kept: set model.teacher and method.name"
+            )
+        self.teacher.model.to(training.device)
+        contents = Contents.of(
+            self.method.teacher_reads,
+            self.method.teacher_layers,
+            replace(self.teacher.spec, class_names=self.classes.names),
+            top_queries,
+            top_classes,
+        )
+        precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "no"
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[precision]
+        return CacheWriter(
+            self.teacher,
+            self.run.model.teacher,
+            self.train_source,
+            self.run.data,
+            self.data_seed,
+            contents,
+            self.class_names,
+            self.run.model.class_map,
+            views=views,
+            canonical=canonical,
+            batch_size=training.per_device_eval_batch_size,
+            num_workers=training.dataloader_num_workers,
+            precision=precision,
+            autocast=lambda: torch.autocast(training.device.type, dtype, enabled=dtype is not None),
+        )
 
     @_part
     def _lender(self) -> DetectorAdapter | None:

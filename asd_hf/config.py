@@ -75,7 +75,13 @@ class TrainingConfig(TrainingArguments):
     )
     ema_decay: float = _own(0.0, "Decay of a moving average of the student, evaluated and saved in ema/; 0: none")
     log_phases: bool = _own(
-        False, "Log how long each phase of a step takes, which slows a step on a GPU, and the longest"
+        False, "Log how long each phase of a step takes, and the longest; the teacher is then not beside the student"
+    )
+    channels_last: bool = _own(
+        False, "Keep the backbones' weights and maps with channels last in memory, which some devices are faster with"
+    )
+    teacher_stream: bool = _own(
+        False, "On a GPU, run the teacher beside the student's forward pass, in more memory; not measured on a GPU yet"
     )
     max_bad_steps: int = _own(
         10, "Stop after so many steps whose loss or gradient is not finite; each is left out and logged"

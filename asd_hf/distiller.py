@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,7 @@ class Distiller(nn.Module):
         pixel_mask: Tensor,
         labels: list[dict],
         teacher: DetectorOutput | None = None,
+        join_teacher: Callable[[], None] | None = None,
         measure_gradients: str | None = None,
     ) -> DistillerOutput:
         """Detection loss of the student, and the method's losses when the teacher's predictions are given.
@@ -71,6 +73,7 @@ class Distiller(nn.Module):
             labels: one dictionary an image with `class_labels` (T,) and `boxes` (T, 4), cxcywh in [0, 1]; images whose
                 `labelled` is false have none and train from the teacher alone.
             teacher: predictions on the same images, reduced to the shared classes (`SharedClasses.teacher`).
+            join_teacher: called before `teacher` is read, which may still be computed until then.
             measure_gradients: "sums" also gives the norms of the gradients of the detection loss ("detection") and of
                 the method's losses together ("distillation") and the cosine between the two, below 0 where the teacher
                 pulls against the labels; "terms" the norm of each of the method's losses as well. The
@@ -82,14 +85,9 @@ class Distiller(nn.Module):
             student = self.adapter(pixel_values, pixel_mask, labels if self.criterion is None else None)
         with phase("detection loss"):
             task = student.losses if self.criterion is None else self.criterion(student, labels)
-        imitation = {}
-        if teacher is not None:
-            shared = self.classes
-            view, known = (student, labels) if shared is None else (shared.student(student), shared.labels(labels))
-            # What a method draws, say by dropout in an extra decoder pass, leaves the student's own dropout as it is.
-            devices = [pixel_values.device] if pixel_values.is_cuda else []
-            with phase("method"), torch.random.fork_rng(devices=devices):
-                imitation = self.method(view, teacher, known)
+        if join_teacher is not None:
+            join_teacher()
+        imitation = {} if teacher is None else self.imitate(student, teacher, labels)
         norms = cosine = None
         if measure_gradients and imitation:
             terms = {"distillation": sum(imitation.values()), "detection": sum(task.values())}
@@ -103,6 +101,14 @@ class Distiller(nn.Module):
             norms |= {name: _norm(_gradients(loss, place)) for name, loss in terms.items()}
         losses = task | imitation
         return DistillerOutput(sum(losses.values()), losses, norms, cosine)
+
+    def imitate(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
+        """The method's losses; arguments as in `forward`, `student` with all of its classes."""
+        shared, device = self.classes, student.logits.device
+        view, known = (student, labels) if shared is None else (shared.student(student), shared.labels(labels))
+        # What a method draws, say by dropout in an extra decoder pass, leaves the student's own dropout as it is.
+        with phase("method"), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            return self.method(view, teacher, known)
 
     def _parameters_outside_the_backbone(self) -> list[Tensor]:
         backbone = {id(p) for p in self.adapter.backbone.parameters()}

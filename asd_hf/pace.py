@@ -22,8 +22,8 @@ class Pace(TrainerCallback):
 
     `<what>_runtime` is in seconds a step, as Trainer's own names are. `step_runtime` and `data_runtime`, which is how
     long this process waited for batches, take the host's clock and no wait for the device. While the host runs ahead
-    of a GPU, part of the latter costs nothing. With `phases` the device is waited for at both ends of every phase,
-    which slows the training.
+    of a GPU, part of the latter costs nothing. With `phases` the device times all phases, "data" among them, which is
+    then how long it waited itself.
 
     Args:
         phases: whether to measure all phases of the step and name the longest in the log.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -29,8 +32,9 @@ from .fast_criterion import LOSSES, use_fast_criterion
 from .hub import public_config
 from .methods import CombinedMethod, DistillationMethod
 from .pace import Pace
-from .phases import phase
+from .phases import Stopwatch, phase
 from .resumable import ResumableTrainer
+from .streams import SideStream
 from .student import SELF_TAUGHT
 from .teacher_cache import TeacherCache
 
@@ -100,6 +104,10 @@ class DistillationTrainer(ResumableTrainer):
                     f"{len(classes.names)}: make it with SharedClasses(...).specs(student.spec, teacher.spec)"
                 )
         self.classes, self.class_map = classes, class_map
+        if args.channels_last:
+            for adapter in (student, teacher):
+                if isinstance(adapter, DetectorAdapter):
+                    adapter.backbone.to(memory_format=torch.channels_last)
         super().__init__(
             model=Distiller(student, criterion, method, classes),
             args=args,
@@ -122,12 +130,20 @@ class DistillationTrainer(ResumableTrainer):
             self.teacher = None
         if self.teacher is not None:
             self.teacher.model.requires_grad_(False).eval().to(args.device)
+        self._beside = SideStream(args.device if args.teacher_stream and self.teacher else torch.device("cpu"))
         self.watch_attention()
+        if args.torch_compile:
+            for adapter in filter(None, (student, self.teacher)):
+                adapter.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         if args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         self.pace = Pace(args.device, args.log_phases)
         self.add_callback(self.pace)
         self.accelerator.backward = phase("backward")(self.accelerator.backward)
+
+    def _build_accelerator_args(self, **kwargs) -> dict[str, Any]:
+        """Trainer's own, but Accelerate compiles nothing: the losses match on the host, where no compiler follows."""
+        return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
     def watch_attention(self, watch: bool = True) -> None:
         """Lets those models show their attention whose attention the method asks for; or no longer."""
@@ -145,9 +161,13 @@ class DistillationTrainer(ResumableTrainer):
         if self.method is not None:
             self.method.step = step = self.state.global_step
             measure = "sums" if (step + 1) % max(int(self.state.logging_steps), 1) == 0 else None
+        # Phases are measured one after the other.
+        with nullcontext() if Stopwatch.active else self._beside.running():
+            teacher = self.ask_teacher(inputs)
         outputs = model(
             **{key: inputs[key] for key in ("pixel_values", "pixel_mask", "labels")},
-            teacher=self.ask_teacher(inputs),
+            teacher=teacher,
+            join_teacher=self._beside.join,
             measure_gradients=measure,
         )
         if self.args.logging_strategy != IntervalStrategy.NO:

@@ -15,6 +15,8 @@ from asd_hf.commands import run
 from asd_hf.config import load_config
 from asd_hf.data import DataConfig, RowTransform
 from asd_hf.data.transforms import draw_geometry, seeded
+from asd_hf.detectors.deformable_detr import DeformableDetrAdapter
+from asd_hf.distiller import Distiller
 from asd_hf.evaluation import STATS
 from asd_hf.methods.asd import ASD
 from asd_hf.phases import Stopwatch, phase
@@ -100,7 +102,7 @@ def test_own_work_leaves_out_the_teacher_and_the_models_stand_still(tmp_path, mo
     file.write_text(yaml.safe_dump(values))
     parts, before = Parts(load_config(file)), {}
     before = {name: tensor.clone() for name, tensor in parts.student.model.named_parameters()}
-    take_one_step, calls = step._one_step, []
+    take_one_step, calls = step.one_step, []
 
     def spy(trainer, batch, watch, taught=None):
         assert take_one_step(trainer, batch, watch, taught)
@@ -109,7 +111,7 @@ def test_own_work_leaves_out_the_teacher_and_the_models_stand_still(tmp_path, mo
         asked = {"teacher": 3.0} if taught or trainer.method else {}
         return {"student": plain} | asked | ({"method": 1.0} if trainer.method else {})
 
-    monkeypatch.setattr(step, "_one_step", spy)
+    monkeypatch.setattr(step, "one_step", spy)
     monkeypatch.setattr(step, "_stock_step", lambda *_: lambda: {"student": 1.0})
     costs, refused = step.measure_steps(parts, {"asd": parts.run.methods}, rounds=2)
     row = {cost.name: cost for cost in costs}["asd"]
@@ -258,3 +260,65 @@ def test_a_sweep_has_a_row_for_every_size(monkeypatch):
 def test_mistakes_about_the_loss_are_one_line(arguments, message, capsys):
     assert run("benchmark", ["loss", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_predictions_on_disk_are_measured(tmp_path, capsys):
+    file, numbers = tmp_path / "run.yaml", tmp_path / "a.json"
+    sizes = {"resize": "fixed", "fixed_size": [64, 64], "augmentation": "flip"}
+    method = {"name": "balanced_pairs", "trust": 0.0}
+    values = configuration(write_places(tmp_path / "places"), data=sizes, per_device_eval_batch_size=2)
+    file.write_text(yaml.safe_dump(values | {"method": method}))
+    arguments = ["cache", "--config", str(file), "--rounds", "2", "--json", str(numbers)]
+    assert run("benchmark", [*arguments, "--images", "13"]) == 2
+    assert "--images 13: " in capsys.readouterr().err
+    assert run("benchmark", [*arguments, "--images", "6", "--top-queries", "4", "--top-classes", "2"]) == 0
+    shown = capsys.readouterr().out
+    *rows, whole, best = json.loads(numbers.read_text())
+    assert [row["name"] for row in rows] == [
+        f"{form}: {what}"
+        for form in ("all predictions", "best 4 x 2")
+        for what in (
+            "step, beside the teacher's",
+            "step, beside plain training's",
+            "reading an image's, beside decoding it",
+        )
+    ]
+    for row in rows:
+        assert row["ours_ms"] > 0 < row["reference_ms"] and row["device"] == "cpu" and row["name"] in shown
+    assert rows[0]["ours_ms"] == rows[1]["ours_ms"] != rows[3]["ours_ms"]
+    assert rows[1]["reference_ms"] == rows[4]["reference_ms"] != rows[0]["reference_ms"]
+    # 2 layers x 9 queries x 3 classes; 16 bytes a box of a layer; the question's reference points; the image id
+    least = 2 * 9 * (3 * 2 + 16)
+    assert least < whole["bytes_per_view"] < 3 * least + 2000 and best["bytes_per_view"] < whole["bytes_per_view"]
+    assert whole["bytes_per_second"] > 0 and whole["losses"].keys() == best["losses"].keys()
+    for name, (live, kept) in whole["losses"].items():
+        assert kept == pytest.approx(live, rel=2e-3, abs=1e-4), name
+    assert any(abs(kept - live) > 0.01 * abs(live) for live, kept in best["losses"].values())
+
+
+def test_a_method_s_own_work_is_measured_on_fixed_outputs(tmp_path, capsys, monkeypatch):
+    file, numbers, seen, asked = tmp_path / "run.yaml", tmp_path / "a.json", [], []
+    file.write_text(yaml.safe_dump(configuration(write_places(tmp_path / "places"))))
+    imitate, forward = Distiller.imitate, DeformableDetrAdapter.forward
+
+    def spy(self, student, teacher, labels):
+        losses = imitate(self, student, teacher, labels)
+        seen.append((self.method, student, teacher, losses))
+        return losses
+
+    monkeypatch.setattr(Distiller, "imitate", spy)
+    monkeypatch.setattr(DeformableDetrAdapter, "forward", lambda *given: (asked.append(1), forward(*given))[1])
+    arguments = ["method", "--config", str(file), "--methods", "asd,d3etr,index_pairing", "--rounds", "2"]
+    assert run("benchmark", [*arguments, "--cpu-time", "--json", str(numbers)]) == 0
+    assert len(asked) == 2 * 2 and len(seen) == 2 * 3  # each method asks both once; a round warms up
+    for method, student, teacher, losses in seen:
+        assert method.step >= method.settled_at and sum(losses.values()).requires_grad
+        leaves = [student.logits, student.boxes, student.queries, *student.features]
+        leaves += [student.attention.queries] if "attention" in method.requires else []
+        assert all(x.is_leaf and x.requires_grad for x in leaves) and not teacher.logits.requires_grad
+    asd, d3etr, refused = json.loads(numbers.read_text())
+    assert refused["name"] == "index_pairing" and "index_pairing: refused:" in capsys.readouterr().out
+    assert asd["ratio"] == 1 and d3etr["reference_ms"] == asd["ours_ms"] > asd["backward_ms"] > 0
+    for cost in (asd, d3etr):
+        assert cost["forward_ms"] + cost["backward_ms"] == pytest.approx(cost["ours_ms"], rel=0.5)
+    assert run("benchmark", ["method", "--config", str(file), "--methods", "index_pairing"]) == 2

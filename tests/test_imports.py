@@ -7,7 +7,7 @@ import asd_hf
 
 ROOT = Path(asd_hf.__file__).parent
 LAYERS = [
-    {"errors", "registry", "ops", "distances", "phases", "progress"},
+    {"errors", "registry", "ops", "distances", "phases", "progress", "streams"},
     {"files", "checkpoints", "stopping", "vote", "randomness"},
     {"detectors"},
     {"criterion", "fast_criterion", "features", "losses", "matching", "questions", "sampling", "targets"},

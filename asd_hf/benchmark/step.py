@@ -82,30 +82,28 @@ def measure_steps(
         UserError: plain training is refused, or `cpu_time` is asked of a GPU.
     """
     device = parts.run.training.device
-    if cpu_time and device.type != "cpu":
-        raise UserError(f"--cpu-time says nothing of work on {device}: leave it out")
+    watch = make_watch(device, cpu_time)
     plain = parts.under({}, None).trainer()
     trainers: dict[str, DistillationTrainer] = {}
     refused: dict[str, str] = {}
     for name, configs in methods.items():
         try:
-            trainers[name] = _trainer(parts, configs)
+            trainers[name] = make_trainer(parts, configs)
         except UserError as error:
             refused[name] = str(error)
     taught = next((t for t in trainers.values() if t.teacher is parts.teacher), None)
     seen = taught or plain
     batch = seen._prepare_inputs(next(iter(seen.get_train_dataloader())))
-    watch = partial(Stopwatch, device, process_time if cpu_time else None)
     steps: dict[str, Callable[[], Seconds]] = {
         STOCK: _stock_step(plain, batch, watch),
-        NO_METHOD: partial(_one_step, plain, batch, watch),
+        NO_METHOD: partial(one_step, plain, batch, watch),
     }
     if taught is not None:
-        steps[TEACHER_TOO] = partial(_one_step, plain, batch, watch, taught)
+        steps[TEACHER_TOO] = partial(one_step, plain, batch, watch, taught)
     for name, trainer in trainers.items():
-        steps[name] = partial(_one_step, trainer, batch, watch)
+        steps[name] = partial(one_step, trainer, batch, watch)
     for trainer in (plain, *trainers.values()):
-        _stand_still(trainer.create_optimizer())
+        stand_still(trainer.create_optimizer())
     seconds = take_turns(steps, rounds)
     whole = {name: [sum(step.values()) for step in measured] for name, measured in seconds.items()}
     costs = []
@@ -139,7 +137,18 @@ def measure_steps(
     return costs, refused
 
 
-def _trainer(parts: Parts, methods: Mapping[str, MethodConfig]) -> DistillationTrainer:
+def make_watch(device: torch.device, cpu_time: bool) -> Callable[[], Stopwatch]:
+    """
+    Raises:
+        UserError: the CPU's time is asked of a GPU.
+    """
+    if cpu_time and device.type != "cpu":
+        raise UserError(f"--cpu-time says nothing of work on {device}: leave it out")
+    return partial(Stopwatch, device, process_time if cpu_time else None)
+
+
+def make_trainer(parts: Parts, methods: Mapping[str, MethodConfig]) -> DistillationTrainer:
+    """Of the same models and data under `methods`; it watches no attention yet."""
     args, self_taught = parts.run.training, any(get_method(name).self_taught for name in methods)
     decay = args.ema_decay
     args.ema_decay = (decay or EMA_DECAY) if self_taught else 0.0
@@ -151,12 +160,12 @@ def _trainer(parts: Parts, methods: Mapping[str, MethodConfig]) -> DistillationT
     return trainer
 
 
-def _stand_still(optimizer: torch.optim.Optimizer) -> None:
+def stand_still(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         group["lr"] = 0.0
 
 
-def _one_step(
+def one_step(
     trainer: DistillationTrainer,
     batch: dict,
     watch: Callable[[], Stopwatch],
@@ -194,7 +203,7 @@ def _stock_step(trainer: DistillationTrainer, batch: dict, watch: Callable[[], S
     inputs = {key: value for key, value in inputs.items() if key in inspect.signature(model.forward).parameters}
     kind, options = trainer.get_optimizer_cls_and_kwargs(args, model)
     optimizer = kind([p for p in model.parameters() if p.requires_grad], **options)
-    _stand_still(optimizer)
+    stand_still(optimizer)
 
     def step() -> Seconds:
         model.train()

@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 from transformers import set_seed
 
+from ..benchmark.cache import format_cache, measure_cache
 from ..benchmark.data import OURS, measure_data
 from ..benchmark.evaluation import measure_evaluation
 from ..benchmark.latency import RUNTIMES, measure_latency
 from ..benchmark.loss import SWEEPS, LossSize, measure_losses
+from ..benchmark.method import format_methods, measure_methods
 from ..benchmark.sidebyside import format_table, write_rows
 from ..benchmark.step import format_costs, measure_steps
 from ..build import Parts
@@ -41,7 +44,16 @@ def main(argv: list[str]) -> None:
 
 def step(argv: list[str]) -> None:
     """a training step under each method, phase by phase, and as Transformers' example takes it"""
-    parser = _parser("step", step.__doc__)
+    _each_method(argv, "step", step.__doc__, measure_steps, format_costs, rounds=10)
+
+
+def method(argv: list[str]) -> None:
+    """each method's own work, forward and backward, on fixed outputs of teacher and student"""
+    _each_method(argv, "method", method.__doc__, measure_methods, format_methods, rounds=30)
+
+
+def _each_method(argv: list[str], what: str, description: str, measure: Callable, form: Callable, rounds: int) -> None:
+    parser = _parser(what, description, rounds)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see configs/")
     parser.add_argument(
         "--variants", type=Path, metavar="FILE", help="YAML of named methods with options, as `compare` reads it"
@@ -49,8 +61,8 @@ def step(argv: list[str]) -> None:
     parser.add_argument(
         "--methods",
         metavar="A,B",
-        help="of the variants, or methods with their defaults (default: all variants, or all methods); the own work "
-        "of the first is the measure of the others'",
+        help="of the variants, or methods with their defaults (default: all variants, or all methods); the first is "
+        "the measure of the others",
     )
     parser.add_argument(
         "--cpu-time", action="store_true", help="count the CPU's time for this process, on a machine that is busy"
@@ -64,8 +76,8 @@ def step(argv: list[str]) -> None:
     set_seed(run.training.seed)
     with tempfile.TemporaryDirectory() as folder:
         run.training.leave_no_trace(folder)
-        costs, refused = measure_steps(Parts(run), methods, args.rounds, args.cpu_time)
-    print(format_costs(costs, refused))
+        costs, refused = measure(Parts(run), methods, args.rounds, args.cpu_time)
+    print(form(costs, refused))
     if args.json is not None:
         write_rows(
             args.json, [*map(asdict, costs), *({"name": name, "refused": why} for name, why in refused.items())]
@@ -88,6 +100,30 @@ def data(argv: list[str]) -> None:
     print(format_table(["", "ms an image", "spread", "images/s and core", "ours, times as fast"], cells))
     if args.json is not None:
         write_rows(args.json, [asdict(row) for row in rows.values()])
+
+
+def cache(argv: list[str]) -> None:
+    """training from a teacher's predictions on disk, beside the teacher and plain training"""
+    parser = _parser("cache", cache.__doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file with a teacher and a method")
+    parser.add_argument("--images", type=int, default=64, metavar="N", help="the first of the data (default: 64)")
+    parser.add_argument(
+        "--top-queries", type=int, default=100, metavar="N", help="of the smaller form: its queries (default: 100)"
+    )
+    parser.add_argument("--top-classes", type=int, default=10, metavar="M", help="classes of each (default: 10)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
+    args = _parse(parser, argv, "images", "top_queries", "top_classes")
+    run = load_config(args.config, args.overrides)
+    run.model.teacher_cache = None
+    show_logs(run.training.process_index)
+    set_seed(run.training.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        run.training.leave_no_trace(folder)
+        size = args.images, args.rounds, args.top_queries, args.top_classes
+        rows, forms = measure_cache(Parts(run), Path(folder) / "predictions", *size)
+    print(format_cache(rows, forms))
+    if args.json is not None:
+        write_rows(args.json, [*map(asdict, rows), *map(asdict, forms)])
 
 
 def evaluation(argv: list[str]) -> None:
@@ -175,7 +211,15 @@ def latency(argv: list[str]) -> None:
         write_rows(args.json, [asdict(row) for row in rows])
 
 
-BENCHMARKS = {"step": step, "loss": loss, "data": data, "eval": evaluation, "latency": latency}
+BENCHMARKS = {
+    "step": step,
+    "method": method,
+    "cache": cache,
+    "loss": loss,
+    "data": data,
+    "eval": evaluation,
+    "latency": latency,
+}
 
 
 def _parser(what: str, description: str, rounds: int = 10) -> argparse.ArgumentParser:
@@ -192,7 +236,7 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str], *counts: str) -> ar
     args = parser.parse_intermixed_args(argv)
     for name in ("rounds", *counts):
         if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be 1 or more, not {getattr(args, name)}")
+            raise UserError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(args, name)}")
     if args.json is not None and not args.json.parent.is_dir():
         raise UserError(f"--json: folder {args.json.parent} does not exist")
     return args

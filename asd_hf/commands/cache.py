@@ -1,28 +1,20 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from huggingface_hub import HfApi
 from transformers import set_seed
 
-from ..benchmark.step import SETTLED
+from ..benchmark.cache import difference, first_losses
 from ..build import Parts
-from ..classes import SharedClasses
 from ..config import RunConfig, load_config
-from ..data import build_loader
-from ..detectors.base import DetectorOutput
-from ..errors import UserError
 from ..hub import call_hub
-from ..methods import CombinedMethod, DistillationMethod
 from ..progress import show_logs
-from ..teacher_cache import CacheWriter, Contents, TeacherCache
+from ..teacher_cache import CacheWriter, TeacherCache
 
 
 def main(argv: list[str]) -> None:
@@ -54,35 +46,8 @@ def main(argv: list[str]) -> None:
 
 
 def _cache(run: RunConfig, args: argparse.Namespace) -> None:
-    parts, state, training = Parts(run), PartialState(), run.training
-    if parts.teacher is None or parts.method is None:
-        raise UserError("only what a pretrained teacher tells a method can be kept: set model.teacher and method.name")
-    parts.teacher.model.to(training.device)
-    contents = Contents.of(
-        parts.method.teacher_reads,
-        parts.method.teacher_layers,
-        replace(parts.teacher.spec, class_names=parts.classes.names),
-        args.top_queries,
-        args.top_classes,
-    )
-    precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "no"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[precision]
-    writer = CacheWriter(
-        parts.teacher,
-        run.model.teacher,
-        parts.train_source,
-        run.data,
-        parts.data_seed,
-        contents,
-        parts.class_names,
-        run.model.class_map,
-        views=args.views,
-        canonical=args.canonical,
-        batch_size=training.per_device_eval_batch_size,
-        num_workers=training.dataloader_num_workers,
-        precision=precision,
-        autocast=lambda: torch.autocast(training.device.type, dtype, enabled=dtype is not None),
-    )
+    parts, state = Parts(run), PartialState()
+    writer = parts.cache_writer(args.views, args.canonical, args.top_queries, args.top_classes)
     first = state.is_main_process
     if first:
         print(_plan(writer, state.num_processes))
@@ -99,7 +64,7 @@ def _cache(run: RunConfig, args: argparse.Namespace) -> None:
     if first:
         print(table)
         if args.push is not None:
-            push(args.output, args.push, training.hub_private_repo)
+            push(args.output, args.push, run.training.hub_private_repo)
     state.wait_for_everyone()
 
 
@@ -122,39 +87,17 @@ def _megabytes(count: float) -> str:
 
 def _loss_table(parts: Parts, folder: Path) -> str:
     """Each loss of the method on the first training batch, under the teacher and under its predictions on disk."""
-    cache, stream, classes = TeacherCache(str(folder)), parts.training_stream(), parts.classes
-    stream.transform.predictions = cache
-    kept = SharedClasses(parts.student.spec, cache.spec, parts.run.model.class_map).to(parts.run.training.device)
     with tempfile.TemporaryDirectory() as nowhere:
         parts.run.training.leave_no_trace(nowhere)
-        trainer = parts.trainer()
-        batch = trainer._prepare_inputs(next(iter(build_loader(stream))))
-        parts.student.model.eval()
-        with torch.no_grad(), trainer.accelerator.autocast():
-            student = classes.student(parts.student(batch["pixel_values"], batch["pixel_mask"]))
-            answers = trainer.ask_teacher(batch), kept.teacher(cache(batch["teacher"]))
-            losses = [_losses(parts.method, student, answer, classes.labels(batch["labels"])) for answer in answers]
+        live, kept = first_losses(parts, [parts.trainer(), parts.from_disk(TeacherCache(str(folder))).trainer()])
     rows = [["loss of the first batch", "teacher", "on disk", "difference"]]
-    for name, live in losses[0].items():
-        kept = losses[1][name]
-        difference = f"{100 * (kept - live) / abs(live):+.3f} %" if live else f"{kept:+.3g}"
-        rows.append([name, f"{live:.6g}", f"{kept:.6g}", difference])
+    rows += [[name, f"{live[name]:.6g}", f"{kept[name]:.6g}", difference(live[name], kept[name])] for name in live]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for name, *numbers in rows:
         cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
         lines.append("  ".join([name.ljust(widths[0]), *cells]))
     return "\n".join(lines)
-
-
-def _losses(
-    method: DistillationMethod | CombinedMethod, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]
-) -> dict[str, float]:
-    """As they are at the end of all schedules. The method is a copy: some keep running means."""
-    method = copy.deepcopy(method)
-    method.step = SETTLED
-    with torch.random.fork_rng():
-        return {name: loss.item() for name, loss in method(student, teacher, labels).items()}
 
 
 def push(folder: Path, name: str, private: bool | None) -> None:

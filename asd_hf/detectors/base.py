@@ -115,6 +115,7 @@ class DetectorAdapter:
         auxiliary_loss: Transformers' option of that name in the saved configuration.
         sees_padding: the model knows no padding mask; it is asked in the frame of the padded canvas.
         two_stage: the queries are the best cells of the feature maps, which must be as many.
+        layer_names: endings of the names of what encoder and decoder stack.
         open_vocabulary: the model is told by `prompt` which classes to look for.
     """
 
@@ -133,6 +134,7 @@ class DetectorAdapter:
     auxiliary_loss = True
     sees_padding = False
     two_stage = False
+    layer_names: tuple[str, ...] = ("EncoderLayer", "DecoderLayer")
     open_vocabulary = False
     with_attention = False  # see `watch_attention`
     fast_loss = False  # `own_loss` is asd_hf's, see `fast_criterion`, which itself counts boxes over all ranks
@@ -270,6 +272,25 @@ class DetectorAdapter:
         where to sample and with which weights."""
         points, weights = (torch.stack([tap["image"][0][i][:, shown] for tap in taps]) for i in (4, 5))
         return sampled_look(points.unbind(4), weights.unbind(4), sizes)
+
+    # -- speed ------------------------------------------------------------------------------------------------------
+
+    def compile(self, **options) -> None:
+        """Compiles, when they are first called, the backbone and each layer of encoder and decoder.
+
+        The rest, and all that comes after the model, stays as it is: it is read by hooks, or matches on the host. So
+        do layers whose attention is watched. Names and saved weights do not change.
+
+        Args:
+            **options: of `torch.compile`.
+        """
+        modules, inside = [self.backbone], set(self.backbone.modules())
+        if not self.with_attention:
+            stacked = (m for m in self.model.modules() if type(m).__name__.endswith(self.layer_names))
+            modules += [module for module in stacked if module not in inside]
+        for module in modules:
+            # Its forward and not itself: hooks of `tap`, new ones in each call, must not be compiled with it.
+            module.forward = torch.compile(module.forward, **options)
 
     # -- what a student needs ---------------------------------------------------------------------------------------
 

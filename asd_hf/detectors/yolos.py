@@ -24,6 +24,7 @@ class YolosAdapter(DetectorAdapter):
     processor_class = YolosImageProcessor
     processor_multiple = 16
     backbone_path = "vit.embeddings.patch_embeddings"
+    layer_names = ("YolosLayer",)
     config_names = {
         "encoder_layers": ("num_hidden_layers",),
         "num_queries": ("num_detection_tokens",),
