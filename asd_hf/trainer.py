@@ -27,6 +27,7 @@ from .errors import UserError
 from .evaluation import STATS, evaluate_detector
 from .fast_criterion import LOSSES, use_fast_criterion
 from .hub import public_config, write_model_card
+from .matrices import MatrixRecorder, has_matrices
 from .methods import CombinedMethod, DistillationMethod
 from .pace import Pace
 from .phases import phase
@@ -36,6 +37,8 @@ from .teacher_cache import TeacherCache
 
 METHOD_WEIGHTS = "_method.safetensors"  # the underscore keeps it off the Hub: Trainer does not upload `_*`
 RUN_CONFIG = "asd_hf.yaml"
+METRICS = "metrics.json"  # of the end, by these models, if they are there
+MODELS = ("teacher", "student", "ema")
 EMA_FOLDER = "ema"
 
 
@@ -124,6 +127,8 @@ class DistillationTrainer(ResumableTrainer):
             self.teacher = None
         if self.teacher is not None:
             self.teacher.model.requires_grad_(False).eval().to(args.device)
+        if self.teacher is not None and eval_dataset is not None and has_matrices(method):
+            self.add_callback(MatrixRecorder(student, self.teacher, classes, method, eval_dataset))
         self.watch_attention()
         if args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))

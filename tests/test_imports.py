@@ -7,13 +7,14 @@ import asd_hf
 
 ROOT = Path(asd_hf.__file__).parent
 LAYERS = [
-    {"errors", "registry", "ops", "distances", "phases"},
+    {"errors", "registry", "ops", "distances", "phases", "environment"},
     {"files", "checkpoints", "stopping", "vote", "randomness"},
     {"detectors"},
     {"criterion", "fast_criterion", "features", "losses", "matching", "questions", "sampling", "targets"},
     {"models", "methods"},
-    {"classes", "distiller", "ema", "pace", "student", "data", "evaluation", "hub", "bad_steps", "teacher_cache"},
-    {"config", "resumable", "trainer", "build", "doctor", "benchmark", "compare", "selftest", "replay"},
+    {"classes", "distiller", "ema", "pace", "student", "data", "evaluation", "hub", "bad_steps", "teacher_cache"}
+    | {"matrices"},
+    {"config", "resumable", "trainer", "build", "doctor", "benchmark", "compare", "selftest", "replay", "report"},
     {"commands"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

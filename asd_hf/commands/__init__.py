@@ -16,6 +16,7 @@ COMMANDS = {
     "doctor": "say before training what fits, what is adapted and what is refused",
     "cache": "write the teacher's predictions to disk, to train without the teacher",
     "compare": "train several methods with several seeds and say which is better",
+    "report": "show a run, or a comparison, in one HTML file",
     "benchmark": "measure steps, losses, the reading of images and evaluation beside their references",
     "check-data": "read a data set whole and list what is wrong with it",
     "replay": "repeat a step that was left out and say where it was not finite",

@@ -3,11 +3,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import yaml
 from huggingface_hub import create_repo
 from transformers import set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from ..build import Parts
@@ -15,6 +17,7 @@ from ..checkpoints import all_checkpoints, newest_checkpoint, read_manifest, wri
 from ..config import NO_METHOD, RunConfig, build_methods, describe_config, load_config
 from ..data import resize_spec, teacher_view
 from ..doctor import check, report
+from ..environment import device_name, versions
 from ..errors import UserError
 from ..evaluation import TOP_K, format_table, milliseconds_per_image
 from ..files import write_whole
@@ -22,7 +25,7 @@ from ..hub import call_hub, is_hub_id
 from ..methods import get_method
 from ..stopping import advise
 from ..student import StudentConfig
-from ..trainer import RUN_CONFIG, DistillationTrainer
+from ..trainer import METRICS, MODELS, RUN_CONFIG, DistillationTrainer
 
 
 def main(argv: list[str]) -> None:
@@ -46,7 +49,7 @@ def train(run: RunConfig) -> dict:
 
     Returns:
         `metrics.json`'s contents: "teacher" (if any) and "student", and "ema" if there is one; on rank 0 also
-        the time of an image and the evaluation's "protocol".
+        the time of an image, the evaluation's "protocol" and the "environment", device and versions.
     """
     args = run.training
     with writing(Path(args.output_dir)):
@@ -68,10 +71,10 @@ def train(run: RunConfig) -> dict:
         trainer.save_model(_internal_call=True)
     metrics = _final_metrics(trainer, parts)
     if trainer.is_world_process_zero():
-        names = [name for name in ("teacher", "student", "ema") if name in metrics]
-        print("\n" + format_table({name: metrics[name] for name in names}) + "\n")
+        print("\n" + format_table(_of_models(metrics)) + "\n")
         with writing(Path(args.output_dir)):
-            write_whole(Path(args.output_dir) / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+            write_whole(Path(args.output_dir) / METRICS, json.dumps(metrics, indent=2) + "\n")
+            write_whole(Path(args.output_dir) / TRAINER_STATE_NAME, _state(trainer))
             trainer.card = _card(parts, trainer, metrics)
             trainer.create_model_card()
         print(f"student, metrics.json, model card and configuration are in {args.output_dir}")
@@ -153,7 +156,19 @@ def _final_metrics(trainer: DistillationTrainer, parts: Parts) -> dict:
         )
         if data.teacher_size is not None:
             metrics["protocol"]["teacher_resolution"] = resize_spec(teacher_view(data))
+        metrics["environment"] = {"device": device_name(trainer.args.device), "versions": versions()}
     return metrics
+
+
+def _of_models(metrics: dict) -> dict[str, dict]:
+    return {name: metrics[name] for name in MODELS if name in metrics}
+
+
+def _state(trainer: DistillationTrainer) -> str:
+    """Trainer's own state with the log of the whole training, without local paths: the folder may be pushed."""
+    best = trainer.state.best_model_checkpoint
+    state = replace(trainer.state, best_model_checkpoint=best and Path(best).name)
+    return json.dumps(asdict(state), indent=2, sort_keys=True) + "\n"
 
 
 def _teacher_info(parts: Parts) -> dict | None:
@@ -176,7 +191,7 @@ def _card(parts: Parts, trainer: DistillationTrainer, metrics: dict) -> dict:
         },
         "teacher_info": _teacher_info(parts),
         "method_papers": [get_method(name).paper for name in run.methods],
-        "metrics": {k: v for k, v in metrics.items() if k != "protocol"},
+        "metrics": _of_models(metrics),
         "protocol": metrics["protocol"],
         "dataset": {"name": Path(source).name, "id": source if is_hub_id(source) else None},
         "config_yaml": run.to_yaml(),

@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 import json
-import platform
 import resource
 import shutil
 import sys
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 
@@ -20,10 +18,10 @@ import yaml
 from filelock import FileLock
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
-from .. import __version__
 from ..build import Parts
 from ..checkpoints import newest_checkpoint, writing
 from ..config import build_config
+from ..environment import device_name, versions
 from ..errors import UserError
 from ..evaluation import STATS, TOP_K
 from ..evaluation.bootstrap import bootstrap_ap
@@ -37,7 +35,6 @@ STEP_LINE = "@step"  # begins a line of standard output that tells how far the t
 REPLICATES = 500
 BOOTSTRAP_SEED = 0
 TRIAL_STEPS, WARM_UP_STEPS = 40, 10  # of the measurement that turns minutes into steps
-_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "hotcoco", "numpy")
 
 
 def write_plan(plan: Plan, folder: Path) -> None:
@@ -85,8 +82,7 @@ def train_and_record(plan: Plan, folder: Path) -> dict:
         **costs,
         "curves": _curves(trainer.state.log_history, costs, numbers["metrics"]),
         "config": plan.config(),
-        "versions": {"asd_hf": __version__, "python": platform.python_version()}
-        | {name: version(name) for name in _PACKAGES},
+        "versions": versions(),
     }
 
 
@@ -200,16 +196,15 @@ def _costs(trainer: DistillationTrainer, clock: Clock) -> dict:
     state, device = trainer.state, trainer.args.device
     seconds = max((entry["seconds"] for entry in state.log_history), default=clock.seconds)
     if device.type == "cuda":
-        peak, name = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
+        peak = torch.cuda.max_memory_allocated(device)
     else:
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        name = f"cpu, {torch.get_num_threads()} threads"
     return {
         "steps": state.global_step,
         "seconds": seconds,
         "ms_per_step": round(1e3 * seconds / state.global_step, 2),
         "peak_memory_mib": round(peak / 2**20, 1),
-        "device": name,
+        "device": device_name(device),
     }
 
 
