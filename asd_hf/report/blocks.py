@@ -12,11 +12,11 @@ from .charts import Series
 
 
 class Cell(NamedTuple):
-    """Of a table: what it shows, what it is sorted by, and how it is marked ("up", "down", "best", "")."""
+    """Of a table: what it shows, what it is sorted by, and how it is marked ("up", "down", "num", "long")."""
 
     text: str
     value: float | None = None
-    mark: str = ""
+    mark: str = ""  # classes of the style sheet
     link: str | None = None
     shade: float | None = None  # 0 to 1
 
@@ -94,6 +94,7 @@ class Box(NamedTuple):
     h: float
     name: str
     css: str
+    tag: bool = False  # whether the name stands at the box
 
 
 class View(NamedTuple):
@@ -135,7 +136,10 @@ class Heat:
 
 @dataclass
 class Section:
+    """`listed`: what the list of sections at the top calls it, None for one that is not there."""
+
     ident: str
     title: str
     blocks: list
     intro: str = ""
+    listed: str | None = None

@@ -10,11 +10,13 @@ from itertools import pairwise
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 420, 250  # units, which are pixels where a chart has its natural size
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38  # margins
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 24, 38  # margins
 NUM_COLOURS = 7  # of the style sheet: `.s0` is ink, `.s1` to `.s7` are of Okabe and Ito, and of Tol
 DASHES = ("", "6 3", "2 2", "7 2 2 2")  # another each time the colours are used up
 MOST_POINTS = 300  # of a line: more cannot be seen
 ROW, BAR_LEFT = 13, 118
+LETTER, LINE = 6.6, 13  # of a name, at most
+GAPS = range(8, 90, 8)  # between a point and its name
 
 
 @dataclass(frozen=True)
@@ -83,27 +85,29 @@ def scatter(points: Sequence[tuple[str, int, float, float, float, float]], x_lab
     x_axis = _Axis(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT)
     y_axis = _Axis(y_ticks[0], y_ticks[-1], height - BOTTOM, TOP)
     parts = [_frame(x_axis, y_axis, x_ticks, y_ticks, x_label, y_label, height=height)]
-    places = []
+    taken, names = [], []
     for name, colour, x, y, dx, dy in points:
         css, (px, py) = Series(name, (), colour).css, (x_axis(x), y_axis(y))
         for (x0, y0), (x1, y1) in (((x - dx, y), (x + dx, y)), ((x, y - dy), (x, y + dy))):
             ends = x_axis(x0), y_axis(y0), x_axis(x1), y_axis(y1)
             parts.append(Markup('<path class="line {}" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>').format(css, *ends))
+            taken.append((min(ends[::2]) - 3, min(ends[1::2]) - 3, max(ends[::2]) + 3, max(ends[1::2]) + 3))
         about = f"{name}: {y_label} {number(y)}, {x_label} {number(x)}"
         mark = Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="4.5"><title>{}</title></circle>')
-        parts.append(mark.format(css, px, py, about))
-        places.append((py, px, name, css))
-    top = TOP + 6
-    for py, px, name, css in _apart(sorted(places), top, height - BOTTOM - 4):
-        at, name_y = py
-        left = px > WIDTH - RIGHT - 6.5 * len(name) - 12
-        x = px - 9 if left else px + 9
-        if abs(name_y - at) > 3:
+        parts.append(mark.format(_filled(css, colour), px, py, about))
+        taken.append((px - 5, py - 5, px + 5, py + 5))
+        names.append((px, py, name, css))
+    room = (LEFT, TOP, WIDTH, height - BOTTOM)
+    for px, py, name, css in names:
+        box = _free_place(px, py, LETTER * len(name), taken, room)
+        taken.append(box)
+        x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+        if not (box[0] - 12 < px < box[2] + 12 and box[1] - 12 < py < box[3] + 12):
             parts.append(
-                Markup('<path class="leader {}" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>').format(css, px, at, x, name_y)
+                Markup('<path class="leader {}" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>').format(css, px, py, x, y)
             )
-        label = Markup('<text class="halo" x="{:.1f}" y="{:.1f}"{}>{}</text>')
-        parts.append(label.format(x, name_y + 4, Markup(' text-anchor="end"') if left else "", name))
+        label = Markup('<text class="halo" x="{:.1f}" y="{:.1f}" text-anchor="middle">{}</text>')
+        parts.append(label.format(x, y + 4, name))
     return _svg(parts, f"{y_label} against {x_label}: {', '.join(p[0] for p in points)}", height)
 
 
@@ -112,13 +116,14 @@ def bars(rows: Sequence[str], series: Sequence[Series], x_label: str, filled: bo
     values = [v for s in series for p in s.points if p for v in p if math.isfinite(v)]
     x_ticks = ticks(*_padded([*values, 0.0]))
     each = max(ROW * len(series) + 8, 22)
-    height = TOP + each * len(rows) + BOTTOM
+    top_edge = 6
+    height = top_edge + each * len(rows) + BOTTOM
     left = min(190, max(BAR_LEFT, 7 * max(map(len, rows), default=0) + 10))
     axis = _Axis(x_ticks[0], x_ticks[-1], left, WIDTH - RIGHT - 8)
-    parts = [_grid(axis, x_ticks, x_label, TOP, height - BOTTOM)]
-    zero = Markup('<path class="axis" d="M{0:.1f} {1}V{2}"/>').format(axis(0), TOP, height - BOTTOM)
+    parts = [_grid(axis, x_ticks, x_label, top_edge, height - BOTTOM)]
+    zero = Markup('<path class="axis" d="M{0:.1f} {1}V{2}"/>').format(axis(0), top_edge, height - BOTTOM)
     for index, row in enumerate(rows):
-        top = TOP + each * index
+        top = top_edge + each * index
         if index % 2:
             parts.append(Markup('<rect class="stripe" x="0" y="{}" width="{}" height="{}"/>').format(top, WIDTH, each))
         name = row if len(row) <= 26 else f"{row[:25]}…"
@@ -135,10 +140,12 @@ def bars(rows: Sequence[str], series: Sequence[Series], x_label: str, filled: bo
                 bar = Markup('<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{}" rx="1.5">')
                 parts.append(bar.format(s.css, start, y - 4.5, max(end - start, 0.8), 9))
             else:
-                span = Markup('<path class="line {}" d="M{:.1f} {:.1f}H{:.1f}"/>')
-                parts.append(span.format(s.css, axis(low), y, axis(high)))
+                span = Markup('<path class="line {}" d="M{:.1f} {:.1f}H{:.1f}"{}/>')
+                parts.append(span.format(s.css, axis(low), y, axis(high), _dash(s)))
                 parts.append(
-                    Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="4">').format(s.css, axis(middle), y)
+                    Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="4">').format(
+                        _filled(s.css, s.colour), axis(middle), y
+                    )
                 )
             parts.append(Markup("<title>{}</title></{}>").format(about, Markup("rect" if filled else "circle")))
     return _svg([*parts, zero], f"{x_label} by {', '.join(rows)}", height)
@@ -197,7 +204,10 @@ def _padded(values: Iterable[float]) -> tuple[float, float]:
 
 
 def _frame(x_axis, y_axis, x_ticks, y_ticks, x_label, y_label, log=False, height=HEIGHT) -> Markup:
-    parts = [_grid(x_axis, x_ticks, x_label, TOP, height - BOTTOM, height)]
+    parts = [
+        Markup('<text x="2" y="12">{}</text>').format(y_label),
+        _grid(x_axis, x_ticks, x_label, TOP, height - BOTTOM, height),
+    ]
     for tick in y_ticks:
         if log and tick != round(tick) and y_ticks[-1] - y_ticks[0] >= 1:
             continue
@@ -230,15 +240,25 @@ def _grid(axis: _Axis, marks: Sequence[float], label: str, top: float, bottom: f
     return Markup("").join(parts)
 
 
-def _apart(places: list[tuple], top: float, bottom: float, gap: float = 13) -> list[tuple]:
-    """Places (y, ...) by rising y with the y of their names, which keep a gap: ((y, name's y), ...)."""
-    ys = [place[0] for place in places]
-    for i in range(1, len(ys)):
-        ys[i] = max(ys[i], ys[i - 1] + gap)
-    ys[-1:] = [min(ys[-1], bottom)] if ys else []
-    for i in range(len(ys) - 2, -1, -1):
-        ys[i] = max(top - gap, min(ys[i], ys[i + 1] - gap))
-    return [((place[0], y), *place[1:]) for place, y in zip(places, ys, strict=True)]
+def _free_place(x: float, y: float, width: float, taken: Sequence[tuple], room: tuple) -> tuple:
+    """(left, top, right, bottom) of a name near (x, y): the nearest place where it covers nothing of `taken`."""
+    places = []
+    for gap in GAPS:
+        for right, down in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)):
+            middle_x, middle_y = x + right * (gap + width / 2), y + down * (gap + LINE / 2)
+            places.append((middle_x - width / 2, middle_y - LINE / 2, middle_x + width / 2, middle_y + LINE / 2))
+
+    def covers(box: tuple) -> int:
+        over = sum(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken)
+        inside = room[0] <= box[0] and room[1] <= box[1] and box[2] <= room[2] and box[3] <= room[3]
+        return over + 2 * (not inside)
+
+    return min(places, key=covers)
+
+
+def _filled(css: str, colour: int) -> str:
+    """Points are rings where the colours are used up."""
+    return f"{css} ring" if colour > NUM_COLOURS else css
 
 
 def _dash(series: Series) -> Markup:

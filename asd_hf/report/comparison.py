@@ -36,10 +36,13 @@ def report_comparison(folder: Path, output: Path, baseline: str = NO_METHOD) -> 
     sections = []
     for index, (setting, runs) in enumerate(settings.items()):
         scene = make_scene(setting, runs, baseline)
-        prefix = f"{setting}: " if len(settings) > 1 else ""
+        several = len(settings) > 1
         for name, (title, blocks, intro) in _sections(scene, runs).items():
-            sections.append(Section(f"{name}-{index}", f"{prefix}{title}", blocks, intro))
-    sections.append(Section("read", "How to read it", [Facts(_how_to_read(baseline))]))
+            heading = f"{setting}: {title}" if several else title
+            listed = (setting if name == "table" else None) if several else title
+            sections.append(Section(f"{name}-{index}", heading, blocks, intro, listed))
+    title = "How to read it"
+    sections.append(Section("read", title, [Facts(_how_to_read(baseline))], listed=title))
     count = sum(map(len, settings.values()))
     subtitle = f"{count} runs, {', '.join(settings)}; compared with {baseline}"
     write_whole(output, render_page(f"Comparison: {', '.join(settings)}", subtitle, sections))
@@ -120,7 +123,7 @@ def _table(scene: Scene, runs: Sequence[dict]) -> Table:
     for row in rows:
         cells = [Cell(row[0])]
         for column, text in enumerate(row[1:], 1):
-            mark = (marks.get(text, "") + " long").strip() if column == verdict else ""
+            mark = f"{marks.get(text, '')} long" if column == verdict else "num"
             cells.append(Cell(text, None if column == verdict else _value(text), mark))
         body.append(cells)
     return Table(header, body)
@@ -149,7 +152,7 @@ def _curves(scene: Scene) -> list[Chart]:
         if not series:
             return []
         order = sorted(range(len(series)), key=lambda i: -float(ends[i]))
-        svg = lines(series, x_label, "AP (0-100)", zero=True)
+        svg = lines(series, x_label, "AP", zero=True)
         entries = legend([series[i] for i in order], [ends[i] for i in order])
         teachers = ", ".join(f"{name} {100 * ap:.1f}" for name, ap in scene.teachers.items())
         note = "; ".join(part for part in (teachers, scene.left_out.removeprefix("; ")) if part)
@@ -202,7 +205,7 @@ def _inside(scene: Scene) -> list[Chart]:
             Series(name, list(own[key].items()), _colour(scene, name)) for name, own in logged.items() if key in own
         ]
         ends = [number(s.points[-1][1]) for s in series]
-        charts.append(Chart(key, lines(series, "training steps", "value", zero=True), legend(series, ends)))
+        charts.append(Chart(key, lines(series, "training steps", "", zero=True), legend(series, ends)))
     return charts
 
 

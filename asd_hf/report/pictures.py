@@ -18,6 +18,7 @@ from ..evaluation.matches import NOTHING, Matches, image_ap
 from .blocks import Box, Gallery, Picture, View
 from .models import REFERENCE, STUDENT, TEACHER, Evaluation, Model
 
+MOST_TAGS = 8  # boxes of a view whose names are written beside them
 LONGEST_SIDE, QUALITY = 480, 70  # of an embedded image: pixels, and WebP's
 MEASURE = (
     "Image AP: the AP (IoU 0.50 to 0.95) of one image alone, with its detections of all classes in one ranking, so "
@@ -85,7 +86,7 @@ def embed(pixels: Tensor) -> tuple[str, int, int]:
 def _note(seen: dict[str, Model]) -> str:
     shown = ", ".join(f"{model.threshold:.2f} ({name})" for name, model in seen.items())
     return (
-        f"{MEASURE} Boxes are shown from these scores on: {shown}. Blue: right at IoU 0.50; orange, dashed: wrong; "
+        f"{MEASURE} Boxes are shown from these scores on: {shown}. Blue: right at IoU 0.50; orange: wrong; "
         "yellow, dotted, in the ground truth: the student misses it. Hold the pointer over a box for its class and "
         "score."
     )
@@ -107,12 +108,16 @@ def _picture(
         title += f", {other.name} {100 * theirs.get(image_id, 0.0):.0f}"
     seen = evaluation.seen
     student = seen[STUDENT]
-    views = [View("ground truth", _objects(student.matches[image_id], student.threshold, names, scale))]
+    views = [_view("ground truth", _objects(student.matches[image_id], student.threshold, names, scale))]
     for name in (TEACHER, REFERENCE, STUDENT):
         if name in seen and image_id in seen[name].matches:
             model = seen[name]
-            views.append(View(name, _detections(model.matches[image_id], model.threshold, names, scale)))
+            views.append(_view(name, _detections(model.matches[image_id], model.threshold, names, scale)))
     return Picture(f"image-{image_id}", title, uri, width, height, views)
+
+
+def _view(title: str, boxes: list[Box]) -> View:
+    return View(title, [box._replace(tag=len(boxes) <= MOST_TAGS) for box in boxes])
 
 
 def _objects(matches: Matches, threshold: float, names: Sequence[str], scale: np.ndarray) -> list[Box]:

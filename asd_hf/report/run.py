@@ -83,6 +83,8 @@ def report_run(
         Section("speed", "Speed and accuracy", _speed(evaluation, files)),
         Section("next", "Next", [_next(files, other, folder)]),
     ]
+    for section in sections:
+        section.listed = section.title
     title = f"{folder.absolute().name}: {_method(files)}"
     write_whole(output, render_page(title, _subtitle(files), sections, notes))
     return notes
@@ -164,7 +166,8 @@ def _facts(files: RunFiles, other: RunFiles | None, evaluation: Evaluation) -> l
         "ema_decay",
         "seed",
     )
-    settings = ", ".join(f"{key} {training[key]}" for key in given if key in training)
+    shown = {key: training[key] for key in given if key in training}
+    settings = ", ".join(f"{key} {f'{v:g}' if isinstance(v, float) else v}" for key, v in shown.items())
     rows.append(("training", f"{files.steps:,} steps" + (f": {settings}" if settings else ""), None))
     if environment:
         versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
@@ -214,7 +217,9 @@ def _curves(files: RunFiles, other: RunFiles | None, evaluation: Evaluation) -> 
         ap.append(Series("AP of the reference", points, 2))
     if ap:
         ap = [Series(s.name, [(x, 100 * y) for x, y in s.points], s.colour) for s in ap]
-        blocks.append(_line_chart("AP", ap, step, "AP (0-100)", zero=True))
+        blocks.append(_line_chart("AP", ap, step, "points", zero=True))
+        if TEACHER in evaluation.models and "AP" in evaluation.models[TEACHER].numbers:
+            blocks[-1].note = f"The teacher's AP is {_points(evaluation.models[TEACHER].numbers['AP'])}."
     terms = sorted({key for entry in files.log for key in entry if key.startswith("loss/")})
     own = [
         key for key in terms if any(key.startswith(f"loss/{name.rpartition(':')[2]}") for name in files.config.methods)
@@ -238,10 +243,10 @@ def _curves(files: RunFiles, other: RunFiles | None, evaluation: Evaluation) -> 
             shown = series[part : part + MOST_LINES]
             low = min(y for s in shown for _, y in s.points)
             log = title != "Learning rate" and low > 0 and max(y for s in shown for _, y in s.points) > 20 * low
-            blocks.append(_line_chart(many, shown, step, "log scale" if log else "value", log=log))
+            blocks.append(_line_chart(many, shown, step, "log scale" if log else "", log=log))
     statistics = sorted({key for e in files.log for key in e if "/" in key and key not in terms})
     for key in statistics:
-        blocks.append(_line_chart(key, _log_series(files, [key]), step, "value", zero=True))
+        blocks.append(_line_chart(key, _log_series(files, [key]), step, "", zero=True))
     blocks += _phases(files)
     if not files.log:
         blocks.append(Text("There is no log: the run was made before logs were kept, or wrote no checkpoint."))
@@ -255,7 +260,10 @@ def _log_series(files: RunFiles, keys: Sequence[str]) -> list[Series]:
 
 def _line_chart(title: str, series: list[Series], x: str, y: str, **options) -> Chart:
     ends = [number(s.points[-1][1]) for s in series]
-    return Chart(title, lines(series, x, y, **options), legend(series, ends))
+    entries = legend(series, ends)
+    if len(series) == 1:
+        entries = [entries[0]._replace(name="at the end")]
+    return Chart(title, lines(series, x, y, **options), entries)
 
 
 def _phases(files: RunFiles) -> list:
@@ -290,7 +298,9 @@ def _objects(evaluation: Evaluation) -> list:
     columns = [STUDENT, *others, *(f"minus {name}" for name in others)]
     whole = {name: {stat: model.numbers[stat] for stat in STATS} for name, model in models.items()}
     labels = {stat: f"{stat}{f' ({SIZES[stat]} objects)' if stat in SIZES else ''}" for stat in STATS}
-    by_size = Table(["", *columns], [_row(labels[stat], stat, whole, others) for stat in STATS], "COCO's numbers")
+    by_size = Table(
+        ["number", *columns], [_row(labels[stat], stat, whole, others) for stat in STATS], "COCO's numbers"
+    )
     per_class = {name: model.numbers.get("per_class", {}) for name, model in models.items()}
     counts = _counts(evaluation)
     header = ["class", *(["objects"] if counts else []), *columns]
@@ -331,7 +341,7 @@ def _gain_chart(whole: dict, per_class: dict, other: str) -> Chart:
     title = f"AP of the student minus that of the {other}"
     left_out = len(classes) - len(most)
     note = f"{left_out} classes that differ less are in the table alone." if left_out else ""
-    return Chart(title, bars([name for name, *_ in rows], series, "points of AP"), note=note)
+    return Chart(title, bars([name for name, *_ in rows], series, "points of AP"), note=note, wide=True)
 
 
 def _counts(evaluation: Evaluation) -> dict[str, int]:
@@ -453,7 +463,7 @@ def _speed(evaluation: Evaluation, files: RunFiles) -> list:
     ]
     device = files.metrics.get("environment", {}).get("device", "the training's device")
     note = f"One image at a time on {device}, as measured at the end of each run: the median of 20 passes."
-    return [Chart("AP against the time of an image", scatter(points, "ms an image", "AP"), note=note)]
+    return [Chart("AP against the time of an image", scatter(points, "ms an image", "AP"), note=note, wide=True)]
 
 
 def _next(files: RunFiles, other: RunFiles | None, folder: Path) -> Commands:
