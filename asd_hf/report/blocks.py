@@ -118,8 +118,11 @@ class Picture:
 
 @dataclass
 class Gallery:
+    """`tag`: height of the names at boxes, in widths of an image."""
+
     title: str
     pictures: list[Picture]
+    tag: float
     note: str = ""
     kind: str = "gallery"
 

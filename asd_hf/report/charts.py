@@ -81,7 +81,7 @@ def scatter(points: Sequence[tuple[str, int, float, float, float, float]], x_lab
     xs = [x + sign * dx for _, _, x, _, dx, _ in points for sign in (-1, 1)]
     ys = [y + sign * dy for _, _, _, y, _, dy in points for sign in (-1, 1)]
     x_ticks, y_ticks = (ticks(*_padded([*side, 0.0])) for side in (xs, ys))
-    height = max(HEIGHT, 15 * len(points) + TOP + BOTTOM)
+    height = max(HEIGHT, 20 * len(points) + TOP + BOTTOM)
     x_axis = _Axis(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT)
     y_axis = _Axis(y_ticks[0], y_ticks[-1], height - BOTTOM, TOP)
     parts = [_frame(x_axis, y_axis, x_ticks, y_ticks, x_label, y_label, height=height)]
@@ -97,17 +97,17 @@ def scatter(points: Sequence[tuple[str, int, float, float, float, float]], x_lab
         parts.append(mark.format(_filled(css, colour), px, py, about))
         taken.append((px - 5, py - 5, px + 5, py + 5))
         names.append((px, py, name, css))
-    room = (LEFT, TOP, WIDTH, height - BOTTOM)
+    labels = []
     for px, py, name, css in names:
-        box = _free_place(px, py, LETTER * len(name), taken, room)
+        box = _free_place(px, py, LETTER * len(name), taken, (LEFT, TOP, WIDTH, height - BOTTOM))
         taken.append(box)
-        x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-        if not (box[0] - 12 < px < box[2] + 12 and box[1] - 12 < py < box[3] + 12):
-            parts.append(
-                Markup('<path class="leader {}" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>').format(css, px, py, x, y)
-            )
+        x, y = min(max(px, box[0]), box[2]), min(max(py, box[1]), box[3])  # of the name, nearest to the point
+        if math.hypot(px - x, py - y) > 10:
+            line = Markup('<path class="leader {}" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>')
+            parts.append(line.format(css, px, py, x, y))
         label = Markup('<text class="halo" x="{:.1f}" y="{:.1f}" text-anchor="middle">{}</text>')
-        parts.append(label.format(x, y + 4, name))
+        labels.append(label.format((box[0] + box[2]) / 2, (box[1] + box[3]) / 2 + 4, name))
+    parts += labels
     return _svg(parts, f"{y_label} against {x_label}: {', '.join(p[0] for p in points)}", height)
 
 
@@ -142,11 +142,8 @@ def bars(rows: Sequence[str], series: Sequence[Series], x_label: str, filled: bo
             else:
                 span = Markup('<path class="line {}" d="M{:.1f} {:.1f}H{:.1f}"{}/>')
                 parts.append(span.format(s.css, axis(low), y, axis(high), _dash(s)))
-                parts.append(
-                    Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="4">').format(
-                        _filled(s.css, s.colour), axis(middle), y
-                    )
-                )
+                mark = Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="4">')
+                parts.append(mark.format(_filled(s.css, s.colour), axis(middle), y))
             parts.append(Markup("<title>{}</title></{}>").format(about, Markup("rect" if filled else "circle")))
     return _svg([*parts, zero], f"{x_label} by {', '.join(rows)}", height)
 

@@ -18,7 +18,8 @@ from ..evaluation.matches import NOTHING, Matches, image_ap
 from .blocks import Box, Gallery, Picture, View
 from .models import REFERENCE, STUDENT, TEACHER, Evaluation, Model
 
-MOST_TAGS = 8  # boxes of a view whose names are written beside them
+MOST_TAGS = 12  # boxes of a view whose names are written beside them
+TAG, LETTER = 0.05, 0.6  # height of a name in widths of the image, width of a letter in heights
 LONGEST_SIDE, QUALITY = 480, 70  # of an embedded image: pixels, and WebP's
 MEASURE = (
     "Image AP: the AP (IoU 0.50 to 0.95) of one image alone, with its detections of all classes in one ranking, so "
@@ -48,7 +49,7 @@ def galleries(evaluation: Evaluation, count: int) -> list[Gallery]:
     pixels = read_images(evaluation, {*up, *down})
     names = evaluation.source.class_names
     return [
-        Gallery(title, [_picture(i, pixels[i], evaluation, names, ours, theirs, other) for i in ids], note)
+        Gallery(title, [_picture(i, pixels[i], evaluation, names, ours, theirs, other) for i in ids], TAG, note)
         for title, ids, note in zip(titles, (up, down), (_note(seen), ""), strict=True)
         if ids
     ]
@@ -108,16 +109,25 @@ def _picture(
         title += f", {other.name} {100 * theirs.get(image_id, 0.0):.0f}"
     seen = evaluation.seen
     student = seen[STUDENT]
-    views = [_view("ground truth", _objects(student.matches[image_id], student.threshold, names, scale))]
+    views = [_view("ground truth", _objects(student.matches[image_id], student.threshold, names, scale), width)]
     for name in (TEACHER, REFERENCE, STUDENT):
         if name in seen and image_id in seen[name].matches:
             model = seen[name]
-            views.append(_view(name, _detections(model.matches[image_id], model.threshold, names, scale)))
+            views.append(_view(name, _detections(model.matches[image_id], model.threshold, names, scale), width))
     return Picture(f"image-{image_id}", title, uri, width, height, views)
 
 
-def _view(title: str, boxes: list[Box]) -> View:
-    return View(title, [box._replace(tag=len(boxes) <= MOST_TAGS) for box in boxes])
+def _view(title: str, boxes: list[Box], width: int) -> View:
+    """Names stand at the boxes, of the best first, where they cover no other; `boxes` have the best at the end."""
+    height, taken, shown = TAG * width, [], []
+    for box in reversed(boxes):
+        y = max(box.y, height)
+        name = box.x, y - height, box.x + LETTER * height * len(box.name), y
+        free = not any(name[0] < t[2] and t[0] < name[2] and name[1] < t[3] and t[1] < name[3] for t in taken)
+        tag = free and len(boxes) <= MOST_TAGS
+        taken += [name] * tag
+        shown.append(box._replace(tag=tag))
+    return View(title, shown[::-1])
 
 
 def _objects(matches: Matches, threshold: float, names: Sequence[str], scale: np.ndarray) -> list[Box]:
