@@ -94,7 +94,7 @@ class Box(NamedTuple):
     h: float
     name: str
     css: str
-    tag: bool = False  # whether the name stands at the box
+    tag: tuple[float, float] | None = None  # where its name stands: left and bottom
 
 
 class View(NamedTuple):

@@ -122,11 +122,13 @@ def _view(title: str, boxes: list[Box], width: int) -> View:
     height, taken, shown = TAG * width, [], []
     for box in reversed(boxes):
         y = max(box.y, height)
-        name = box.x, y - height, box.x + LETTER * height * len(box.name), y
+        long = LETTER * height * len(box.name)
+        x = max(0.0, min(box.x, width - long))
+        name = x, y - height, x + long, y
         free = not any(name[0] < t[2] and t[0] < name[2] and name[1] < t[3] and t[1] < name[3] for t in taken)
         tag = free and len(boxes) <= MOST_TAGS
         taken += [name] * tag
-        shown.append(box._replace(tag=tag))
+        shown.append(box._replace(tag=(round(x, 1), round(y, 1)) if tag else None))
     return View(title, shown[::-1])
 
 

@@ -244,6 +244,8 @@ def _curves(files: RunFiles, other: RunFiles | None, evaluation: Evaluation) -> 
             low = min(y for s in shown for _, y in s.points)
             log = title != "Learning rate" and low > 0 and max(y for s in shown for _, y in s.points) > 20 * low
             blocks.append(_line_chart(many, shown, step, "log scale" if log else "", log=log))
+            if title == "Loss" and other is not None and other.config.methods != files.config.methods:
+                blocks[-1].note = "The two sum up other terms: only their courses can be compared."
     statistics = sorted({key for e in files.log for key in e if "/" in key and key not in terms})
     for key in statistics:
         blocks.append(_line_chart(key, _log_series(files, [key]), step, "", zero=True))
@@ -373,7 +375,7 @@ def _errors(evaluation: Evaluation) -> list:
         "After TIDE (Bolya et al., ECCV 2020). All detections count, whatever their score, as in AP.",
         wide=True,
     )
-    header = ["error", *(text for name in kinds for text in (f"{name}: count", f"{name}: dAP50")), "what it is"]
+    header = ["error", *(text for name in kinds for text in (f"{name}: count", f"{name}: dAP50"))]
     rows = [
         [
             Cell(kind),
@@ -385,11 +387,10 @@ def _errors(evaluation: Evaluation) -> list:
                     Cell(f"{100 * own[kind].gain:.1f}", 100 * own[kind].gain),
                 )
             ),
-            Cell(KINDS[kind], None, "long"),
         ]
         for kind in KINDS
     ]
-    return [chart, Table(header, rows)]
+    return [chart, Facts([(kind, what, None) for kind, what in KINDS.items()]), Table(header, rows)]
 
 
 def _precision(evaluation: Evaluation) -> list:
