@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import islice
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
@@ -17,6 +19,8 @@ from .detectors.base import DetectorAdapter, DetectorOutput
 from .methods import CombinedMethod, DistillationMethod
 from .methods.base import name_of
 from .questions import point_scores
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "_matrices"  # of the output folder; the underscore keeps it off the Hub
 MOST_POINTS = 100  # of those that the teacher rates highest
@@ -64,10 +68,14 @@ class MatrixRecorder(TrainerCallback):
         self.student.model.eval()
         found = self.matrices(args.device)
         self.student.model.train(training)
+        file = Path(args.output_dir) / FOLDER / f"step-{state.global_step}.safetensors"
         if found:
-            file = Path(args.output_dir) / FOLDER / f"step-{state.global_step}.safetensors"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(found, file)
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                save_file(found, beside := file.with_suffix(".partial"))
+                beside.replace(file)
+            except (OSError, SafetensorError) as error:  # a training must not end for it
+                logger.warning("%s could not be written: %s", file, error)
 
     @torch.no_grad()
     def matrices(self, device: torch.device) -> dict[str, Tensor]:
@@ -86,9 +94,9 @@ class MatrixRecorder(TrainerCallback):
     def _read(self) -> list[dict]:
         """The image as the student and as the teacher sees it."""
         rows = islice(read_rows(self.stream.source.stream), MOST_ROWS)
-        row = next((row for row in rows if row["objects"]["bbox"]), None)
+        row = next((row for row in rows if row["objects"] and row["objects"]["bbox"]), None)
         own = self.stream.transform
-        views = own, RowTransform(teacher_view(own.config), training=False, label_map=own.label_map)
+        views = own, RowTransform(teacher_view(own.config), training=False)  # of which only the pixels are read
         return [] if row is None else [collate([view(row)]) for view in views]
 
 

@@ -58,7 +58,7 @@ def runs(places):
         "save_strategy": "no",
         "log_phases": True,
     }
-    options |= {"disable_tqdm": True, "report_to": "none", "seed": 0}
+    options |= {"disable_tqdm": True, "report_to": "none", "seed": 0, "learning_rate": 1e-2}
     folders = []
     for name, teacher in (("taught", "deformable_detr"), ("alone", None)):
         sections = configuration(places, teacher, output_dir=str(places / name), **options)
