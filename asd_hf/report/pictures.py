@@ -19,7 +19,7 @@ from .blocks import Box, Gallery, Picture, View
 from .models import REFERENCE, STUDENT, TEACHER, Evaluation, Model
 
 MOST_TAGS = 12  # boxes of a view whose names are written beside them
-TAG, LETTER = 0.05, 0.6  # height of a name in widths of the image, width of a letter in heights
+TAG, LETTER = 0.05, 0.68  # height of a name in widths of the image, width of a letter in heights
 LONGEST_SIDE, QUALITY = 480, 70  # of an embedded image: pixels, and WebP's
 MEASURE = (
     "Image AP: the AP (IoU 0.50 to 0.95) of one image alone, with its detections of all classes in one ranking, so "
