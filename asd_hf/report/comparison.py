@@ -53,7 +53,7 @@ def _sections(scene: Scene, runs: Sequence[dict]) -> dict[str, tuple[str, list, 
     devices = sorted({run["device"] for run in runs})
     what = f"AP in points (0 to 100), mean over seeds, on {' or '.join(f'{n:,}' for n in images)} evaluation images."
     sections = {
-        "table": ("Results", [*_tiles(scene), _intervals(scene), _table(scene, runs)], what),
+        "table": ("Results", [*_tiles(scene), *_intervals(scene), _table(scene, runs)], what),
         "curves": ("Curves", _curves(scene), "Mean over seeds in a band from the least to the most."),
         "cost": ("Cost", _cost(scene), f"Trained on {'; '.join(devices)}."),
         "gains": (
@@ -98,10 +98,10 @@ def _difference(scene: Scene, name: str) -> Difference | None:
         return None
 
 
-def _intervals(scene: Scene) -> Chart | None:
+def _intervals(scene: Scene) -> list[Chart]:
     found = {name: d for name in scene.methods if (d := _difference(scene, name)) is not None}
     if not found:
-        return None
+        return []
     points = []
     for difference in found.values():
         low, high = difference.interval
@@ -112,7 +112,7 @@ def _intervals(scene: Scene) -> Chart | None:
         "images alone. One that does not reach 0 decides."
     )
     svg = bars(list(found), series, f"points of AP minus {scene.baseline}", filled=False)
-    return Chart(f"Difference from {scene.baseline}", svg, note=note, wide=True)
+    return [Chart(f"Difference from {scene.baseline}", svg, note=note, wide=True)]
 
 
 def _table(scene: Scene, runs: Sequence[dict]) -> Table:

@@ -42,8 +42,8 @@ def heat_maps(files: RunFiles) -> list[Heat]:
                 [(f"step {step:,}", heat_image(maps[step][:, order], top), rows, columns) for step in maps],
                 f"{rows} points (rows, the teacher's best first), {columns} queries of the {whose} (columns, "
                 f"in the order in which the last step's points claim them). Full colour: a weight of {top:.2f}; "
-                "the shade goes with its square root. A row sums to 1: a single strong cell is one partner, an even row "
-                "an average over all.",
+                "the shade goes with its square root. A row sums to 1: a single strong cell is one partner, an even "
+                "row an average over all.",
             )
         )
     return blocks

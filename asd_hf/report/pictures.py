@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data.rows import read_rows
 from ..data.transforms import decode
 from ..evaluation.matches import NOTHING, Matches, image_ap
-from .blocks import Box, Gallery, Picture, View
+from .blocks import Box, Gallery, Picture, Text, View
 from .models import REFERENCE, STUDENT, TEACHER, Evaluation, Model
 
 MOST_TAGS = 12  # boxes of a view whose names are written beside them
@@ -27,7 +27,7 @@ MEASURE = (
 )
 
 
-def galleries(evaluation: Evaluation, count: int) -> list[Gallery]:
+def galleries(evaluation: Evaluation, count: int) -> list[Gallery | Text]:
     """`count` images on which the student gains most, and as many on which it loses most.
 
     Against the reference, if there is one; else against the teacher; alone, its best and its worst images.
@@ -45,6 +45,8 @@ def galleries(evaluation: Evaluation, count: int) -> list[Gallery]:
     titles = "Best images", "Worst images"
     if other is not None:
         up, down = [i for i in up if gains[i] > 0], [i for i in down if gains[i] < 0]
+        if not up + down:
+            return [Text(f"On no image does the student differ from the {other.name}. {MEASURE}")]
         titles = f"Most improved against the {other.name}", f"Most worsened against the {other.name}"
     pixels = read_images(evaluation, {*up, *down})
     names = evaluation.source.class_names
