@@ -39,8 +39,6 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the run's")
     args = parser.parse_intermixed_args(argv)
-    if args.run is not None and "=" in args.run.name and not args.run.exists():
-        args.run, args.overrides = None, [str(args.run), *args.overrides]
     if (args.run is None) == (args.compare is None):
         raise UserError("report needs the folder of a run, or --compare and the folder of records")
     folder = args.compare or args.run

@@ -181,6 +181,11 @@ def number(value: float) -> str:
     return f"{value:.{max(0, 2 - math.floor(math.log10(size)))}f}".rstrip("0").rstrip(".")
 
 
+def in_points(ap: float) -> str:
+    """AP of 0 to 1 in points; "-" for none."""
+    return f"{100 * ap:.1f}" if ap >= 0 else "-"
+
+
 @dataclass(frozen=True)
 class _Axis:
     """From values to units."""

@@ -51,6 +51,7 @@ class Evaluation:
     models: dict[str, Model]
     source: Source | None = None
     num_images: int | None = None  # of the first of the split, if not all were evaluated
+    threshold: float | None = None  # score that was asked for; None: that of each model's best F1
 
     @property
     def seen(self) -> dict[str, Model]:
@@ -73,7 +74,7 @@ def evaluate_models(
         threshold: score from which boxes count; by default, for each model, that of its best F1 at IoU 0.50.
         num_images: only these many, the first of the split.
     """
-    config, found = files.config, Evaluation({}, num_images=num_images)
+    config, found = files.config, Evaluation({}, None, num_images, threshold)
     runs = {STUDENT: files} | ({} if reference is None else {REFERENCE: reference})
     found.models = {name: Model(name, dict(run.metrics.get(run.judged, {}))) for name, run in runs.items()}
     if "teacher" in files.metrics:

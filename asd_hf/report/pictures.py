@@ -41,7 +41,8 @@ def galleries(evaluation: Evaluation, count: int) -> list[Gallery | Text]:
     theirs = {} if other is None else image_aps(other)
     gains = {i: ap - theirs.get(i, 0.0) for i, ap in ours.items()}
     order = sorted(gains, key=lambda i: (-gains[i], i))
-    up, down = order[:count], order[::-1][:count]
+    up = order[:count]
+    down = [i for i in order[::-1] if i not in up][:count]
     titles = "Best images", "Worst images"
     if other is not None:
         up, down = [i for i in up if gains[i] > 0], [i for i in down if gains[i] < 0]

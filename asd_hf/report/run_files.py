@@ -49,6 +49,11 @@ class RunFiles:
         return "ema" if self.weights.name == EMA_FOLDER else "student"
 
     @property
+    def method(self) -> str:
+        name = self.config.method_name
+        return "no distillation" if name == NO_METHOD else name
+
+    @property
     def steps(self) -> int:
         return max((entry["step"] for entry in self.log), default=0)
 
@@ -129,7 +134,3 @@ def _json(file: Path) -> dict:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}") from None
-
-
-def method_name(config: RunConfig) -> str:
-    return "no distillation" if config.method_name == NO_METHOD else config.method_name
