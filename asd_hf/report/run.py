@@ -52,7 +52,7 @@ def report_run(
         same_images(files, other)
     notes: list[str] = []
     evaluation = evaluate_models(files, other, threshold, num_images, notes)
-    if files.steps < files.max_steps:
+    if not files.metrics and files.steps < files.max_steps:
         notes.insert(
             0, f"The run has not ended: this is its state after {files.steps:,} of {files.max_steps:,} steps."
         )
