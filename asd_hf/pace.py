@@ -94,10 +94,3 @@ def seconds_of_steps(history: Sequence[dict], steps: int) -> float | None:
             pace = entry["step_runtime"]
             seconds, done = seconds + pace * (entry["step"] - done), entry["step"]
     return None if pace is None else seconds + pace * (steps - done)
-
-
-def device_name(device: torch.device) -> str:
-    """As a person would name it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads"

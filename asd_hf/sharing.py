@@ -20,10 +20,9 @@ from .hub import call_hub, is_hub_id, public_config, secret_of, without_folders
 from .licenses import GAVE_WEIGHTS, TAUGHT, Origin, check_licenses, choose_license, read_license
 from .methods import get_method
 from .student import SELF_TAUGHT, load_teacher
-from .trainer import EMA_FOLDER, RUN_CONFIG
+from .trainer import EMA_FOLDER, METRICS, MODELS, RUN_CONFIG
 
-METRICS, ONNX = "metrics.json", "onnx"
-MODELS = ("teacher", "student", "ema")  # keys of METRICS
+ONNX = "onnx"
 Files = dict[str, Path | bytes]  # by their paths in the repository
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -198,7 +197,7 @@ def make_card(
         },
         config_yaml=run.config_yaml,
         evaluate=run.evaluate_command(model_id, dataset),
-        training=training,
+        training=training and training | {"device": run.metrics["environment"]["device"]},
         license={} if chosen is None else chosen.metadata,
         license_text=license_text,
         **more,

@@ -30,6 +30,7 @@ from .errors import UserError
 from .evaluation import STATS, evaluate_detector
 from .fast_criterion import LOSSES, use_fast_criterion
 from .hub import public_config
+from .matrices import MatrixRecorder, has_matrices
 from .methods import CombinedMethod, DistillationMethod
 from .pace import Pace
 from .phases import Stopwatch, phase
@@ -40,6 +41,8 @@ from .teacher_cache import TeacherCache
 
 METHOD_WEIGHTS = "_method.safetensors"  # the underscore keeps it off the Hub: Trainer does not upload `_*`
 RUN_CONFIG = "asd_hf.yaml"
+METRICS = "metrics.json"  # of the end, by these models, if they are there
+MODELS = ("teacher", "student", "ema")
 EMA_FOLDER = "ema"
 
 
@@ -131,6 +134,8 @@ class DistillationTrainer(ResumableTrainer):
         if self.teacher is not None:
             self.teacher.model.requires_grad_(False).eval().to(args.device)
         self._beside = SideStream(args.device if args.teacher_stream and self.teacher else torch.device("cpu"))
+        if self.teacher is not None and eval_dataset is not None and has_matrices(method):
+            self.add_callback(MatrixRecorder(student, self.teacher, classes, method, eval_dataset))
         self.watch_attention()
         if args.torch_compile:
             for adapter in filter(None, (student, self.teacher)):

@@ -431,6 +431,20 @@ def test_statistics():
     assert 1 <= seen["queries_per_point"] <= 6
 
 
+def test_matrices_are_the_attention_of_the_last_layer():
+    asd = method(heads=2, layers=2, temperature=2.0, share_sampler=False)
+    student, teacher = output(5, 0), output(7, 1)
+    found = asd.matrices(student, teacher)
+    inputs = {
+        who: torch.cat([x.boxes[-1], x.logits[-1].sigmoid()], -1).tolist()
+        for who, x in (("teacher", teacher), ("student", student))
+    }
+    for who, queries in inputs.items():
+        for image, points in enumerate(inputs["teacher"]):
+            rows = attention(score_rows(asd.samplers[-1], points, queries[image], asd.config), asd.config)
+            assert found[who][image].tolist() == [pytest.approx(row) for row in rows]
+
+
 def test_bad_options_are_one_line():
     with pytest.raises(UserError, match="method.value: 'prob' is not a choice: did you mean 'probs'?"):
         ASDConfig(value="prob")

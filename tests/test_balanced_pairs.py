@@ -409,6 +409,17 @@ def test_two_ranks_trust_as_one_with_both_batches(tmp_path):
 # -- options ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("score", ["distance", "sampler", "both"])
+def test_matrices_are_the_weights_of_the_last_layers_pairs(score):
+    method = alone(score=score)
+    student, teacher = output(5, 0), output(7, 1, num_layers=2)
+    found = method.matrices(student, teacher)
+    assert set(found) == {"student"}
+    for image in range(2):
+        rows = pair_weights(method, predictions(teacher, -1, image), predictions(student, -1, image))
+        assert found["student"][image].tolist() == [pytest.approx(row) for row in rows]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

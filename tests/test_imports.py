@@ -7,15 +7,15 @@ import asd_hf
 
 ROOT = Path(asd_hf.__file__).parent
 LAYERS = [
-    {"errors", "registry", "ops", "distances", "phases", "progress", "streams"},
+    {"errors", "registry", "ops", "distances", "phases", "progress", "streams", "environment"},
     {"files", "checkpoints", "stopping", "vote", "randomness"},
     {"detectors"},
     {"criterion", "fast_criterion", "features", "losses", "matching", "questions", "sampling", "targets"},
     {"models", "methods"},
     {"classes", "distiller", "ema", "pace", "student", "data", "evaluation", "bad_steps", "teacher_cache"}
-    | {"hub", "licenses", "card", "space"},
+    | {"hub", "licenses", "card", "space", "matrices"},
     {"config", "resumable", "trainer", "build", "doctor", "benchmark", "compare", "selftest", "replay", "sharing"}
-    | {"export", "shrink"},
+    | {"export", "shrink", "report"},
     {"predict"},
     {"demo"},
     {"commands"},

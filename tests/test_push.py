@@ -64,9 +64,10 @@ def write_run(folder: Path, detector: Path, **model) -> Path:
     numbers |= {"parameters": 5e4, "ms_per_image": 9.0, "per_class": dict.fromkeys(tiny.CLASSES, 0.1)}
     protocol = {"source": str(folder / "private" / "animals"), "split": "val", "num_images": 7, "fingerprint": "f"}
     protocol |= {"resolution": {"shortest_edge": 64, "longest_edge": 96}, "max_detections": 100, "backend": "b 1"}
-    training = {"device": "a GPU", "ranks": 1, "steps": 400, "images": 800, "train_images": 80}
+    training = {"ranks": 1, "steps": 400, "images": 800, "train_images": 80}
     training |= {"train_runtime": 61.0, "teacher_predictions": None}
     metrics = {"student": numbers, "teacher": numbers | {"AP": 0.5}, "protocol": protocol, "training": training}
+    metrics["environment"] = {"device": "a GPU", "versions": {}}
     (run / "metrics.json").write_text(json.dumps(metrics))
     return run
 

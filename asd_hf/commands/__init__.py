@@ -20,6 +20,7 @@ COMMANDS = {
     "doctor": "say before training what fits, what is adapted and what is refused",
     "cache": "write the teacher's predictions to disk, to train without the teacher",
     "compare": "train several methods with several seeds and say which is better",
+    "report": "show a run, or a comparison, in one HTML file",
     "shrink": "propose students of a teacher that meet a latency, and write the configuration",
     "export": "write a model as ONNX and show that it answers as in PyTorch",
     "benchmark": "measure steps, losses, latency, the reading of images and evaluation beside their references",

@@ -2,26 +2,28 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import yaml
 from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..build import Parts
 from ..checkpoints import all_checkpoints, newest_checkpoint, read_manifest, writing
 from ..config import NO_METHOD, RunConfig, build_methods, describe_config, load_config
 from ..data import resize_spec, teacher_view
 from ..doctor import check, report
+from ..environment import device_name, versions
 from ..errors import UserError
 from ..evaluation import TOP_K, format_table, milliseconds_per_image
 from ..files import write_whole
 from ..licenses import check_licenses
-from ..pace import device_name, seconds_of_steps
+from ..pace import seconds_of_steps
 from ..progress import is_quiet, show_logs
-from ..sharing import METRICS, create_repository, make_card, origins, push_run, read_run
+from ..sharing import create_repository, make_card, origins, push_run, read_run
 from ..stopping import advise
-from ..trainer import RUN_CONFIG, DistillationTrainer
+from ..trainer import METRICS, MODELS, RUN_CONFIG, DistillationTrainer
 
 
 def main(argv: list[str]) -> None:
@@ -45,7 +47,8 @@ def train(run: RunConfig) -> dict:
 
     Returns:
         `metrics.json`'s contents: "teacher" (if any) and "student", and "ema" if there is one; on rank 0 also
-        the time of an image, the evaluation's "protocol", and what "training" took.
+        the time of an image, the evaluation's "protocol", what the "training" took, and the "environment", device and
+        versions.
     """
     args = run.training
     with writing(Path(args.output_dir)):
@@ -71,10 +74,10 @@ def train(run: RunConfig) -> dict:
         trainer.save_model(_internal_call=True)
     metrics = _final_metrics(trainer, parts)
     if trainer.is_world_process_zero():
-        names = [name for name in ("teacher", "student", "ema") if name in metrics]
-        print("\n" + format_table({name: metrics[name] for name in names}) + "\n")
+        print("\n" + format_table(_of_models(metrics)) + "\n")
         with writing(Path(args.output_dir)):
             write_whole(Path(args.output_dir) / METRICS, json.dumps(metrics, indent=2) + "\n")
+            write_whole(Path(args.output_dir) / TRAINER_STATE_NAME, _state(trainer))
             finished = read_run(Path(args.output_dir))
             make_card(finished, finished.name).save(Path(args.output_dir) / "README.md")
         print(f"student, metrics.json, model card and configuration are in {args.output_dir}")
@@ -149,7 +152,19 @@ def _final_metrics(trainer: DistillationTrainer, parts: Parts) -> dict:
         if data.teacher_size is not None:
             metrics["protocol"]["teacher_resolution"] = resize_spec(teacher_view(data))
         metrics["training"] = _costs(trainer, parts)
+        metrics["environment"] = {"device": device_name(trainer.args.device), "versions": versions()}
     return metrics
+
+
+def _of_models(metrics: dict) -> dict[str, dict]:
+    return {name: metrics[name] for name in MODELS if name in metrics}
+
+
+def _state(trainer: DistillationTrainer) -> str:
+    """Trainer's own state with the log of the whole training, without local paths: the folder may be pushed."""
+    best = trainer.state.best_model_checkpoint
+    state = replace(trainer.state, best_model_checkpoint=best and Path(best).name)
+    return json.dumps(asdict(state), indent=2, sort_keys=True) + "\n"
 
 
 def _costs(trainer: DistillationTrainer, parts: Parts) -> dict:
@@ -157,7 +172,6 @@ def _costs(trainer: DistillationTrainer, parts: Parts) -> dict:
     args, state = trainer.args, trainer.state
     images = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {
-        "device": device_name(args.device),
         "ranks": args.world_size,
         "steps": state.global_step,
         "images": state.global_step * images,

@@ -16,14 +16,9 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from .records import curve, mean_ap, ranked, teachers
-from .verdict import common_seeds
+from .records import BY_CLASS, GRADIENTS, curve, gains_over, logged_statistics, mean_ap, ranked, teachers
 
-# Of the training log, beside the methods' own statistics.
-GRADIENTS = ("distillation_gradient_share", "distillation_gradient_cosine")
 MOST_METHODS, BEST, MOST_PANELS, MOST_CLASSES = 8, 6, 6, 12
-BY_SIZE, BY_CLASS = "objects by size", "objects by class"
-SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255")  # of Okabe and Ito, and of Tol
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))  # another each time the palette is used up,
 MARKERS = "osD^"  # and so with the points
@@ -132,7 +127,7 @@ def draw_inside(scene: Scene) -> Figure | None:
 
     Of more than 6 statistics, those that most methods have.
     """
-    logged = {name: _logged(scene.methods[name]) for name in scene.lines}
+    logged = {name: logged_statistics(scene.methods[name]) for name in scene.lines}
     keys = sorted({key for own in logged.values() for key in own})
     statistics = sorted(
         (key for key in keys if key not in GRADIENTS), key=lambda key: -sum(key in own for own in logged.values())
@@ -164,27 +159,12 @@ def draw_inside(scene: Scene) -> Figure | None:
     return figure
 
 
-def _logged(runs: Sequence[dict]) -> dict[str, dict[int, float]]:
-    """By statistic and step, the mean over seeds, at the steps that all of them have."""
-    values: dict[str, dict[int, list[float]]] = {}
-    for run in runs:
-        for point in run["curves"]["train"]:
-            for key, value in point.items():
-                if key in GRADIENTS or ("/" in key and not key.startswith("loss/")):
-                    values.setdefault(key, {}).setdefault(point["step"], []).append(value)
-    means = {
-        key: {step: fmean(found) for step, found in sorted(own.items()) if len(found) == len(runs)}
-        for key, own in values.items()
-    }
-    return {key: own for key, own in means.items() if own}
-
-
 def draw_gains(scene: Scene) -> Figure | None:
     """Which objects gain: AP minus the baseline's by size and by class, mean over seeds, bars from least to most.
 
     Of more than 12 classes, those whose AP moved most. None where no method has a seed in common with the baseline.
     """
-    gains = {name: _gains(scene.methods[name], scene.methods.get(scene.baseline, [])) for name in scene.lines}
+    gains = {name: gains_over(scene.methods[name], scene.methods.get(scene.baseline, [])) for name in scene.lines}
     gains = {name: own for name, own in gains.items() if own and name != scene.baseline}
     if not gains:
         return None
@@ -217,22 +197,6 @@ def draw_gains(scene: Scene) -> Figure | None:
     unseen = f"; {len(left_out)} more class{'es' * (len(left_out) > 1)} left out" * bool(left_out)
     _title(figure, f"{scene.setting}: which objects gain, mean over seeds (bar: min to max){scene.left_out}{unseen}")
     return figure
-
-
-def _gains(runs: Sequence[dict], baseline_runs: Sequence[dict]) -> dict[tuple[str, str], list[float]]:
-    """By kind of object, how many points AP lies above the baseline's with each seed in common."""
-    ours, theirs = ({run["seed"]: _by_kind(run) for run in found} for found in (runs, baseline_runs))
-    seeds = common_seeds(runs, baseline_runs)
-    kinds = ours[seeds[0]] if seeds else ()
-    kinds = [kind for kind in kinds if all(kind in side[seed] for side in (ours, theirs) for seed in seeds)]
-    return {kind: [100 * (ours[seed][kind] - theirs[seed][kind]) for seed in seeds] for kind in kinds}
-
-
-def _by_kind(run: dict) -> dict[tuple[str, str], float]:
-    """AP by (`BY_SIZE` or `BY_CLASS`, which); without what the evaluation images do not show."""
-    found = {(BY_SIZE, size): run["metrics"][key] for key, size in SIZES.items()}
-    found |= {(BY_CLASS, name): ap for name, ap in run["per_class"].items()}
-    return {kind: ap for kind, ap in found.items() if ap >= 0}
 
 
 def _panels(rows: int, columns: int, width: float, height: float, **shared: Any) -> tuple[Figure, list[Axes]]:

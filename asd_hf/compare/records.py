@@ -14,6 +14,12 @@ import numpy as np
 
 from ..errors import UserError
 from ..evaluation import STATS
+from .verdict import common_seeds
+
+# Of the training log, beside the methods' own statistics.
+GRADIENTS = ("distillation_gradient_share", "distillation_gradient_cosine")
+BY_SIZE, BY_CLASS = "objects by size", "objects by class"
+SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
 
 POINT = {"step": int, "seconds": float}
 RECORD = {  # as far as it is read here: types, objects by their keys, lists by what they hold
@@ -140,3 +146,34 @@ def curve(runs: Sequence[dict]) -> Curve | None:
         return np.array([np.interp(grid, share, [p[key] for p in own]) for share, own in pairs])
 
     return Curve(along("step").mean(0), along("seconds").mean(0), along("AP"))
+
+
+def logged_statistics(runs: Sequence[dict]) -> dict[str, dict[int, float]]:
+    """By statistic and step, the mean over seeds, at the steps that all of them have."""
+    values: dict[str, dict[int, list[float]]] = {}
+    for run in runs:
+        for point in run["curves"]["train"]:
+            for key, value in point.items():
+                if key in GRADIENTS or ("/" in key and not key.startswith("loss/")):
+                    values.setdefault(key, {}).setdefault(point["step"], []).append(value)
+    means = {
+        key: {step: fmean(found) for step, found in sorted(own.items()) if len(found) == len(runs)}
+        for key, own in values.items()
+    }
+    return {key: own for key, own in means.items() if own}
+
+
+def gains_over(runs: Sequence[dict], baseline_runs: Sequence[dict]) -> dict[tuple[str, str], list[float]]:
+    """By kind of object, how many points AP lies above the baseline's with each seed in common."""
+    ours, theirs = ({run["seed"]: _by_kind(run) for run in found} for found in (runs, baseline_runs))
+    seeds = common_seeds(runs, baseline_runs)
+    kinds = ours[seeds[0]] if seeds else ()
+    kinds = [kind for kind in kinds if all(kind in side[seed] for side in (ours, theirs) for seed in seeds)]
+    return {kind: [100 * (ours[seed][kind] - theirs[seed][kind]) for seed in seeds] for kind in kinds}
+
+
+def _by_kind(run: dict) -> dict[tuple[str, str], float]:
+    """AP by (`BY_SIZE` or `BY_CLASS`, which); without what the evaluation images do not show."""
+    found = {(BY_SIZE, size): run["metrics"][key] for key, size in SIZES.items()}
+    found |= {(BY_CLASS, name): ap for name, ap in run["per_class"].items()}
+    return {kind: ap for kind, ap in found.items() if ap >= 0}

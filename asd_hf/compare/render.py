@@ -72,9 +72,17 @@ def _what(runs: Sequence[dict]) -> str:
 
 def _how_to_read(baseline: str, records: str) -> str:
     place = "beside this file" if records == "." else f"in `{records}`"
-    level, points, growth = f"{100 * CONFIDENCE:.0f} %", f"{100 * MARGIN:.0f} point", f"{GROWTHS[-1]:.0f} times"
     return f"""## How to read it
 
+{columns_explained(baseline)}
+
+The records lie {place}: a JSON file a run, with its configuration, curves and bootstrap."""
+
+
+def columns_explained(baseline: str) -> str:
+    """What the columns of the table mean, a Markdown list: a name in bold and a colon begin each item."""
+    level, points, growth = f"{100 * CONFIDENCE:.0f} %", f"{100 * MARGIN:.0f} point", f"{GROWTHS[-1]:.0f} times"
+    return f"""\
 - **{DIFFERENCE}**: a method's AP minus that of `{baseline}` with the same seed, trained from the same student: the
   mean over these seeds, and in brackets its {level} interval. It allows for other seeds and for other evaluation
   images; with one seed there is none.
@@ -86,6 +94,4 @@ def _how_to_read(baseline: str, records: str) -> str:
   {growth} the images are too few. Each verdict stands for itself: of twenty methods that change nothing, one is
   called better or worse by chance, on average; and seeds that are added until a verdict comes make it too easy.
 - **{AFTER}**: the share of the baseline's training time after which a method's mean curve reaches the baseline's end.
-- **s/run**, **ms/step**: of training alone, without evaluations. **memory**: the peak.
-
-The records lie {place}: a JSON file a run, with its configuration, curves and bootstrap."""
+- **s/run**, **ms/step**: of training alone, without evaluations. **memory**: the peak."""

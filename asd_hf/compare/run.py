@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 import json
-import platform
 import resource
 import shutil
 import sys
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 
@@ -20,15 +18,14 @@ import yaml
 from filelock import FileLock
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
-from .. import __version__
 from ..build import Parts
 from ..checkpoints import newest_checkpoint, writing
 from ..config import build_config
+from ..environment import device_name, versions
 from ..errors import UserError
 from ..evaluation import STATS, TOP_K
 from ..evaluation.bootstrap import bootstrap_ap
 from ..files import write_whole
-from ..pace import device_name
 from ..teacher_cache import weights_sha256
 from ..trainer import DistillationTrainer
 from .plan import Plan
@@ -38,7 +35,6 @@ STEP_LINE = "@step"  # begins a line of standard output that tells how far the t
 REPLICATES = 500
 BOOTSTRAP_SEED = 0
 TRIAL_STEPS, WARM_UP_STEPS = 40, 10  # of the measurement that turns minutes into steps
-_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "hotcoco", "numpy")
 
 
 def write_plan(plan: Plan, folder: Path) -> None:
@@ -86,8 +82,7 @@ def train_and_record(plan: Plan, folder: Path) -> dict:
         **costs,
         "curves": _curves(trainer.state.log_history, costs, numbers["metrics"]),
         "config": plan.config(),
-        "versions": {"asd_hf": __version__, "python": platform.python_version()}
-        | {name: version(name) for name in _PACKAGES},
+        "versions": versions(),
     }
 
 

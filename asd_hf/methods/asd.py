@@ -234,6 +234,11 @@ class ASD(DistillationMethod):
         }
         return losses, statistics
 
+    def matrices(self, student: DetectorOutput, teacher: DetectorOutput) -> dict[str, Tensor]:
+        outputs, sampler = {"teacher": teacher, "student": student}, self.samplers[-1]
+        inputs = {who: self._sampler_input(full(x.logits[-1]), full(x.boxes[-1])) for who, x in outputs.items()}
+        return {who: self._attention(sampler(inputs["teacher"], x)) for who, x in inputs.items()}
+
     def _sampler_input(self, logits: Tensor, boxes: Tensor) -> Tensor:
         classes = self._probs(logits) if self.config.sampler_input == "probs" else logits
         return torch.cat([boxes * self.config.box_scale, classes], -1)

@@ -159,20 +159,34 @@ class BalancedPairs(DistillationMethod):
         config, count = self.config, len(student[0])
         ours, theirs = (tuple(x.flatten(0, 1) for x in side) for side in (student, teacher))  # (N, Q, .)
         distances = self._weighted(pair_distances(ours, theirs, self.softmax))  # (N, T, S) each
-        losses, scores = {}, 0.0
-        if config.score != "sampler":
-            scores = -sum(distances.values()).detach()
+        losses = {}
         if self.sampler is not None:
-            points, keys = (torch.cat([boxes, self._probs(logits)], -1) for logits, boxes in (theirs, ours))
+            points = self._sampler_input(theirs)
             own = self.sampler(points, points)[:, 0].log_softmax(-1).diagonal(dim1=-2, dim2=-1)
             losses["balanced_pairs_sampling"] = config.sampling_weight * count * -own.mean()
-            scores = scores + self.sampler.frozen(points, keys.detach())[:, 0].detach()
             self.statistics["balanced_pairs/w_ii"] = own.detach().exp().mean()
-        weights = balance(scores / config.temperature, config.balance_iterations)
+        weights = self._plan(ours, theirs, distances)
         # The weights of a teacher's prediction sum to 1: all together are T an image.
         means = {name: (weights * distance).sum(-1).mean() for name, distance in distances.items()}
         self.statistics["balanced_pairs/queries_per_point"] = torch.special.entr(weights).sum(-1).exp().mean()
         return losses | {f"balanced_pairs_{name}": factor * count * mean for name, mean in means.items()}
+
+    def _plan(self, student: Predictions, teacher: Predictions, distances: dict[str, Tensor]) -> Tensor:
+        """The weights (N, T, S) of the pairs, without gradient; `distances` are weighted."""
+        config, scores = self.config, 0.0
+        if config.score != "sampler":
+            scores = -sum(distances.values()).detach()
+        if self.sampler is not None:
+            points, keys = self._sampler_input(teacher), self._sampler_input(student)
+            scores = scores + self.sampler.frozen(points, keys.detach())[:, 0].detach()
+        return balance(scores / config.temperature, config.balance_iterations)
+
+    def matrices(self, student: DetectorOutput, teacher: DetectorOutput) -> dict[str, Tensor]:
+        if not self.config.pair_weight:
+            return {}
+        ours, theirs = (tuple(full(x[-1]) for x in (side.logits, side.boxes)) for side in (student, teacher))
+        distances = self._weighted(pair_distances(ours, theirs, self.softmax))
+        return {"student": self._plan(ours, theirs, distances)}
 
     def _answers(self, student: Predictions, teacher: Predictions, factor: Tensor | float) -> dict[str, Tensor]:
         """Distances of the student's answers to the teacher's queries from the teacher's own, query by query."""
@@ -214,8 +228,9 @@ class BalancedPairs(DistillationMethod):
         self.statistics["balanced_pairs/trust"] = trust
         return trust
 
-    def _probs(self, logits: Tensor) -> Tensor:
-        return logits.softmax(-1) if self.softmax else logits.sigmoid()
+    def _sampler_input(self, predictions: Predictions) -> Tensor:
+        logits, boxes = predictions
+        return torch.cat([boxes, logits.softmax(-1) if self.softmax else logits.sigmoid()], -1)
 
 
 def balance(scores: Tensor, iterations: int) -> Tensor:

@@ -137,6 +137,18 @@ class DistillationMethod(nn.Module):
         """
         raise NotImplementedError
 
+    def matrices(self, student: DetectorOutput, teacher: DetectorOutput) -> dict[str, Tensor]:
+        """For a report: how a method without matching samples both models' queries in their last decoder layer.
+
+        Args:
+            student, teacher: as in `forward`.
+
+        Returns:
+            weights (B, P, Q) by whose Q queries they are of, "teacher" or "student"; the points P are the teacher's
+            queries, and those of a point sum to 1. Empty by default: the method has no such weights.
+        """
+        return {}
+
 
 def align_layers(student: DetectorOutput, teacher: DetectorOutput, count: int | None) -> list[tuple[int, int]]:
     """(student layer, teacher layer) of the student's last `count` decoder layers, or of all of them.
