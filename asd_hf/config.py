@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from .data import DataConfig
-from .errors import UserError
+from .errors import CREDENTIALS, UserError
 from .methods import METHODS, MethodConfig, get_method
 from .registry import nearest
 from .student import ModelConfig
@@ -174,6 +174,7 @@ def build_config(raw: dict[str, dict], where: str = "configuration") -> RunConfi
     for section in raw:
         if section not in SECTIONS:
             raise UserError(f"{where}: unknown section {section!r}: {nearest(section, SECTIONS)}")
+    _refuse_credentials(raw, where)
     return RunConfig(
         model=_fill(ModelConfig, raw.get("model", {}), f"{where}: model"),
         data=_fill(DataConfig, raw.get("data", {}), f"{where}: data"),
@@ -181,6 +182,17 @@ def build_config(raw: dict[str, dict], where: str = "configuration") -> RunConfi
         training=_fill(TrainingConfig, raw.get("training", {}), f"{where}: training"),
         training_given=_typed(TrainingConfig, raw.get("training", {}), f"{where}: training"),
     )
+
+
+def _refuse_credentials(value: Any, where: str) -> None:
+    """They would be written into asd_hf.yaml, the model card and the log."""
+    if isinstance(value, str) and CREDENTIALS.search(value):
+        raise UserError(
+            f"{where} holds a password or a token, which would be written into files: use `hf auth login` or HF_TOKEN"
+        )
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        _refuse_credentials(item, f"{where}: {key}" if where.endswith(".yaml") else f"{where}.{key}")
 
 
 def parse_overrides(cls: type, values: dict, section: str, overrides: list[str]):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +36,7 @@ It is an ordinary Transformers checkpoint; {needs}
 ```python
 {imports}from transformers import pipeline
 
-detect = pipeline("object-detection", model="{model_id}")
+detect = pipeline("object-detection", model={model_id})
 for found in detect("http://images.cocodataset.org/val2017/000000039769.jpg", threshold=0.3):
     print(found["label"], round(found["score"], 2), found["box"])
 ```
@@ -46,9 +48,7 @@ for found in detect("http://images.cocodataset.org/val2017/000000039769.jpg", th
 
 The resolved configuration repeats the run; local paths are given by their last part.
 
-```yaml
 {config}
-```
 {citation}"""
 
 
@@ -110,7 +110,7 @@ def write_model_card(
         ]
         or None,
     )
-    summary = f"`{student_info['architecture']}`, trained on {dataset['name']}"
+    summary = f"`{student_info['architecture']}`, trained on {_literal(dataset['name'])}"
     if teacher_info:
         summary += f" under {_teacher(teacher_info['id'])}"
         if teacher_info.get("cache"):
@@ -127,13 +127,13 @@ def write_model_card(
     card = ModelCard(
         CARD.format(
             metadata=metadata.to_yaml(),
-            name=metadata.model_name,
+            name=_literal(metadata.model_name),
             summary=summary + ".",
             needs=needs,
             imports=imports,
-            model_id=model_id,
+            model_id=json.dumps(model_id),
             results=_results(metrics, protocol),
-            config=public_config(config_yaml).strip(),
+            config=_fenced(public_config(config_yaml).strip()),
             citation=f"\n## Citation\n\n```bibtex\n{bibtex}\n```\n" if papers else "",
         )
     )
@@ -218,7 +218,7 @@ def _teacher(name: str) -> str:
         return f"the packaged teacher `{name}`"
     if is_hub_id(name):
         return f"the teacher [{name}](https://huggingface.co/{name})"
-    return f"the teacher {without_folders(name)}"
+    return f"the teacher {_literal(without_folders(name))}"
 
 
 def _results(metrics: dict[str, dict[str, float]], protocol: dict | None) -> str:
@@ -228,4 +228,15 @@ def _results(metrics: dict[str, dict[str, float]], protocol: dict | None) -> str
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     terms = yaml.safe_dump(protocol | {"source": without_folders(protocol["source"])}, sort_keys=False)
-    return f"{table}\n\nAP in per cent, by COCO's rules, under this protocol:\n\n```yaml\n{terms}```\n"
+    return f"{table}\n\nAP in per cent, by COCO's rules, under this protocol:\n\n{_fenced(terms.strip())}\n"
+
+
+def _literal(name: str) -> str:
+    """A name as text of Markdown, whatever it holds: names of folders and data sets are not the card's author's."""
+    return re.sub(r"([\\`*_\[\]<>|#!&])", r"\\\1", " ".join(name.split()))
+
+
+def _fenced(text: str) -> str:
+    """A block of YAML that nothing in it can end."""
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text) or [""]))
+    return f"{fence}yaml\n{text}\n{fence}"

@@ -1,14 +1,15 @@
 """Loss curves of short seeded trainings, to be compared: `python -m tests.reference_curves --renew` writes them anew.
 
-Every family learns under `asd`, and a Deformable DETR under every method: four steps on a CPU, from a configuration through
-`Parts` and the trainer. All terms of the loss and the norm of the student's gradient are kept, step by step.
-Without `--renew` what differs is printed.
+Every family learns under `asd`, and a Deformable DETR under every method: four steps on a CPU, from a configuration
+through `Parts` and the trainer. All terms of the loss and the norm of the student's gradient are kept, step by step.
+Without `--renew` the curves are compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ from tests.tiny_data import NAMES, jpeg, tiny_rows, write_coco
 
 FILE = Path(__file__).parent / "golden" / "curves.json"
 STEPS = 4
-# Processors round differently. The same steps without oneDNN and with ATen's kernels for processors that have no vector
+# Processors round differently. The same steps without oneDNN and with ATen's kernels for processors without a vector
 # unit (ATEN_CPU_CAPABILITY=default) differ by 0.03 % at most in a term of the loss and by 0.1 % in the norm.
 TERM_TOLERANCE, NORM_TOLERANCE = 1e-3, 5e-3
 CASES = [f"student {name}" for name in STUDENTS]  # under asd
@@ -142,16 +143,16 @@ def differences(found: Curves, expected: Curves) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.reference_curves", description=__doc__.splitlines()[0])
     parser.add_argument("--renew", action="store_true", help="write the curves instead of comparing them")
-    renew = parser.parse_args().renew
-    known = json.loads(FILE.read_text())
+    renew, known = parser.parse_args().renew, json.loads(FILE.read_text())
     with tempfile.TemporaryDirectory() as root:
         places = write_places(Path(root))
         found = {case: curves(configuration(places, case)) for case in tqdm(CASES, desc="curves", unit="case")}
-    for case in CASES:
-        for line in differences(found[case], known.get(case, {})):
-            print(f"{case}: {line}")
     if renew:
         FILE.write_text(written(found))
+        return
+    lines = [f"{case}: {line}" for case in CASES for line in differences(found[case], known.get(case, {}))]
+    if lines:
+        sys.exit("\n".join(lines))
 
 
 def written(found: dict[str, Curves]) -> str:

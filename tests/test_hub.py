@@ -59,6 +59,24 @@ def test_a_card_cites_every_method(tmp_path):
     assert f"{PAPER['bibtex']}\n\n{other['bibtex']}\n```" in text
 
 
+def test_names_are_text_and_end_no_block(tmp_path):
+    name = "a_b <script>x</script> [c](javascript:d) | `e`\n# f"
+    config = yaml.safe_dump({"model": {"class_map": {"g": "h ``` i " * 20}}}, width=110)
+    text = card(
+        tmp_path,
+        model_id='user/"); exit(',
+        dataset={"name": name},
+        teacher_info={"id": f"./{name}"},
+        config_yaml=config,
+    ).text
+    body = text.split("## Results")[0]
+    assert "a\\_b \\<script\\>x\\</script\\> \\[c\\](javascript:d) \\| \\`e\\` \\# f" in body
+    assert "<script>" not in body and "\n# f" not in body
+    assert 'model="user/\\"); exit("' in body
+    block = text.split("````yaml\n")[1].split("\n````")[0]
+    assert yaml.safe_load(block) == yaml.safe_load(config)
+
+
 def test_a_card_says_whether_the_model_needs_this_package(tmp_path):
     assert "asd_hf is not needed" in card(tmp_path).text and "import asd_hf" not in card(tmp_path).text
     own = {"architecture": "AdaMixerForObjectDetection", "weights_from": []}
