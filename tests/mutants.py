@@ -33,7 +33,7 @@ TESTS = {  # module -> what must notice
     "asd_hf.methods.asd": ["tests/test_asd.py"],
     "asd_hf.evaluation.coco": ["tests/test_evaluation.py"],
 }
-SLOW = "imports_no_torch or trainer_takes or ranks or latency"  # subprocesses, and what other tests notice first
+SLOW = "imports_no_torch or trainer_takes or ranks_are_one or latency"  # what starts processes or waits
 SECONDS = 300  # after which a mutant counts as noticed: it hangs
 HEAVY = ("torch", "torchvision", "transformers.trainer", "datasets", "evaluate", "hotcoco", "pycocotools.cocoeval")
 SWAPS = {

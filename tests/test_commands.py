@@ -19,6 +19,7 @@ from asd_hf.config import load_config
 from asd_hf.data import make_shapes, open_source, shard_dataset
 from asd_hf.data.shapes import CLASS_NAMES
 from asd_hf.evaluation import STATS
+from asd_hf.student import PACKAGED
 from asd_hf.trainer import METHOD_WEIGHTS
 from tests import tiny
 from tests.hub_server import TOKEN, HubServer
@@ -205,13 +206,9 @@ def test_push_to_hub(world, tmp_path):
     with HubServer() as hub:
         done = run(
             *("scripts/train.py", "--config", world / "run.yaml", f"training.output_dir={tmp_path}"),
-            *(
-                "model.student=shapes",
-                f"data.source={data}",
-                "data.fixed_size=[64, 64]",
-                "training.learning_rate=1e-6",
-            ),
-            *("training.max_steps=1", "training.push_to_hub=true", "training.hub_model_id=user/small"),
+            *(f"model.student={PACKAGED['shapes']}", f"data.source={data}"),
+            *("training.max_steps=1", "training.learning_rate=1e-6"),
+            *("training.push_to_hub=true", "training.hub_model_id=user/small"),
             environment=hub.env,
         )
         repository = hub.repositories["user/small"]
@@ -230,7 +227,7 @@ def test_push_to_hub(world, tmp_path):
     assert {result.metric_name: result.metric_value for result in said} == pytest.approx(
         {name: numbers[name] for name in STATS if numbers[name] >= 0}, abs=1e-6
     )
-    assert numbers["AP"] > 0.3  # the packaged teacher, trained for a step
+    assert numbers["AP"] > 0.1  # the packaged teacher, trained for a step
     row = next(line for line in card.splitlines() if line.startswith("| student |"))
     assert row.split(" | ")[2] == f"{100 * numbers['AP']:.1f}"
     assert numbers["parameters"] == json.loads((tmp_path / "metrics.json").read_text())["student"]["parameters"]

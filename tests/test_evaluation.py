@@ -147,7 +147,8 @@ def hard_images(draw) -> tuple[dict[int, tuple], int]:
             for stretch in draw(st.lists(STRETCHES, max_size=3)):  # near an object, often of its class
                 rows.append([*box[:2], box[2] * stretch, box[3], draw(SCORES), draw(st.just(label) | labels)])
         if rows and draw(st.integers(0, 7)) == 0:
-            rows = [[*row[:4], score, *row[5:]] for row in rows for score in draw(st.lists(SCORES, max_size=120))]
+            scores, label = draw(st.lists(SCORES, min_size=1, max_size=5)), rows[0][5]
+            rows = [[*rows[i % len(rows)][:4], scores[i % len(scores)], label] for i in range(130)]
         images[image_id] = (
             np.array(rows, dtype=np.float32).astype(float).reshape(-1, 6),
             np.array(truth, dtype=float).reshape(-1, 7),

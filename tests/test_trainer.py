@@ -227,7 +227,7 @@ def test_each_epoch_has_every_image_once_in_another_order(shapes, tmp_path):
 
 def test_accumulated_batches_equal_one_large_batch(shapes, tmp_path):
     """On images with the same number of boxes: the detection loss divides by the boxes of a micro-batch."""
-    sample = tiny.batch(8, sizes=[(64, 64)])
+    sample = tiny.batch(8, sizes=[(96, 96)])
     for label in sample["labels"]:
         label["boxes"], label["class_labels"] = torch.tensor([[0.5, 0.5, 0.3, 0.3]]), torch.tensor([1])
     results = []
