@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 from datetime import timedelta
 from typing import Any
@@ -31,7 +33,7 @@ It is an ordinary Transformers checkpoint; {needs}
 ```python
 {imports}from transformers import pipeline
 
-detect = pipeline("object-detection", model="{model_id}")
+detect = pipeline("object-detection", model={model_id})
 for found in detect("http://images.cocodataset.org/val2017/000000039769.jpg", threshold=0.3):
     print(found["label"], round(found["score"], 2), found["box"])
 ```
@@ -47,9 +49,7 @@ for found in detect("http://images.cocodataset.org/val2017/000000039769.jpg", th
 
 {training}The resolved configuration repeats the run; local paths are given by their last part.
 
-```yaml
 {config}
-```
 
 ## Licence
 
@@ -139,17 +139,17 @@ def model_card(
     return ModelCard(
         CARD.format(
             metadata=metadata.to_yaml(),
-            name=metadata.model_name,
-            summary=_summary(student_info, teacher_info, methods, dataset["name"]),
+            name=_literal(metadata.model_name),
+            summary=_summary(student_info, teacher_info, methods, _literal(dataset["name"])),
             needs=needs,
             imports=imports,
-            model_id=model_id,
+            model_id=json.dumps(model_id),
             more_files="".join(MORE_FILES[name] for name in more_files),
             results=_results(metrics, protocol, evaluate),
             gain=f"\n### Gain over no distillation\n\n{gain}\n" if gain else "",
             limits=_limits(student_info, dataset, protocol),
             training="" if training is None else f"{_costs(training)}\n\n",
-            config=public_config(config_yaml).strip(),
+            config=_fenced(public_config(config_yaml)),
             license_text=license_text,
             citation=f"\n## Citation\n\n```bibtex\n{bibtex}\n```\n" if papers else "",
         )
@@ -224,7 +224,7 @@ def _teacher(name: str) -> str:
         return f"the packaged teacher `{name}`"
     if is_hub_id(name):
         return f"the teacher [{name}](https://huggingface.co/{name})"
-    return f"the teacher {without_folders(name)}"
+    return f"the teacher {_literal(without_folders(name))}"
 
 
 def _results(metrics: dict[str, dict[str, float]], protocol: dict | None, evaluate: str | None) -> str:
@@ -234,22 +234,23 @@ def _results(metrics: dict[str, dict[str, float]], protocol: dict | None, evalua
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     terms = yaml.safe_dump(protocol | {"source": without_folders(protocol["source"])}, sort_keys=False)
-    text = f"{table}\n\nAP in per cent, by COCO's rules, under this protocol:\n\n```yaml\n{terms}```\n"
+    text = f"{table}\n\nAP in per cent, by COCO's rules, under this protocol:\n\n{_fenced(terms)}\n"
     return text + (f"\nThis repeats the student's numbers:\n\n```bash\n{evaluate}\n```\n" if evaluate else "")
 
 
 def _limits(student_info: dict, dataset: dict[str, str | None], protocol: dict | None) -> str:
-    classes, size = student_info["classes"], student_info["size"]
+    classes, size = [_literal(name) for name in student_info["classes"]], student_info["size"]
+    data = _literal(dataset["name"])
     if "height" in size:
         sides = f"to {size['height']} x {size['width']} (height x width)"
     else:
         sides = f"to a shorter side of {size['shortest_edge']}, at most {size.get('longest_edge')} on the longer one"
     names = ", ".join(classes) if len(classes) <= MOST_CLASSES else short_list(classes)
-    where = f"on the split `{protocol['split']}` of {dataset['name']} alone" if protocol else "nowhere"
+    where = f"on the split `{protocol['split']}` of {data} alone" if protocol else "nowhere"
     split = f"on the split `{dataset['train_split']}` of " if dataset.get("train_split") else "on "
     return "\n".join(
         [
-            f"- It was trained {split}{dataset['name']} and finds what belongs to its classes alone: {names}.",
+            f"- It was trained {split}{data} and finds what belongs to its classes alone: {names}.",
             f"- Images are resized {sides} pixels: the processor does it. Other sizes were not evaluated.",
             f"- It was evaluated {where}: not on other cameras, places, weather or styles, not for robustness, bias "
             "or the calibration of its scores, and for no use in which a missed object does harm.",
@@ -268,3 +269,14 @@ def _costs(training: dict) -> str:
     if training["train_runtime"]:
         text += f", which took {timedelta(seconds=round(training['train_runtime']))} (h:mm:ss) without evaluations"
     return text + "."
+
+
+def _literal(name: str) -> str:
+    """A name as text of Markdown, whatever it holds: names of folders, data sets and classes are not its author's."""
+    return re.sub(r"([\\`*_\[\]<>|#!&])", r"\\\1", " ".join(name.split()))
+
+
+def _fenced(text: str) -> str:
+    """A block of YAML that nothing in it can end."""
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text) or [""]))
+    return f"{fence}yaml\n{text.strip()}\n{fence}"

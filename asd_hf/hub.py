@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from .errors import UserError
+from .errors import SECRET, UserError, without_secrets
 from .student import PACKAGED
 
 T = TypeVar("T")
@@ -24,10 +23,6 @@ HINTS = {
     403: "the token may not write there: make one that may, at https://huggingface.co/settings/tokens",
     412: "someone else changed the repository meanwhile: start the same command again",
 }
-_SECRET = re.compile(  # credentials in an address, a token of the Hub, a secret among the parameters of an address
-    r"(?P<before>://)[^/\s@]+(?=@)|\bhf_\w{30,}|(?P<key>[?&][\w-]*(?:token|key|secret|password|signature)=)[^&\s]+",
-    re.IGNORECASE,
-)
 
 
 def call_hub(call: Callable[[], T], advice: str, attempts: int = 4, wait: float = 2.0) -> T:
@@ -109,9 +104,5 @@ def secret_of(value: Any, key: str) -> str | None:
     elif isinstance(value, list):
         found = (secret_of(item, f"{key}[{index}]") for index, item in enumerate(value))
     else:
-        return key if isinstance(value, str) and _SECRET.search(value) else None
+        return key if isinstance(value, str) and SECRET.search(value) else None
     return next(filter(None, found), None)
-
-
-def without_secrets(text: str) -> str:
-    return _SECRET.sub(lambda match: f"{match['before'] or match['key'] or ''}***", text)

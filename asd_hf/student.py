@@ -37,6 +37,10 @@ logger = logging.getLogger(__name__)
 SELF_TAUGHT = "ema"  # as model.teacher: the student's own moving average
 PACKAGED = {"shapes": Path(__file__).parent / "assets" / "shapes_teacher"}
 
+UNPICKLE = (
+    "pickled weights, as in pytorch_model.bin, are never read: where you trust them, convert them by "
+    "AutoModelForObjectDetection.from_pretrained(...).save_pretrained(...)"
+)
 _PROCESSOR = {False: "image processor", True: "processor with a tokenizer"}
 _NOT_ARCHITECTURE = {
     *("_name_or_path", "architectures", "dtype", "id2label", "label2id", "model_type", "problem_type"),
@@ -320,14 +324,15 @@ def _load_detector(name: str, key: str, **processor_options) -> DetectorAdapter:
     try:
         # Half-precision weights would be loaded as such, and detectors need fp32 ones and autocast.
         model, report = auto_model.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{key}: {name} cannot be loaded as a detector: {_line(error)}") from error
+        hint = f" ({UNPICKLE})" if isinstance(error, OSError) and "safetensors" in str(error) else ""
+        raise UserError(f"{key}: {name} cannot be loaded as a detector: {_line(error)}{hint}") from error
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{key}: {name} lacks {len(missing)} weights of {type(model).__name__}: {short_list(missing)}")
     try:
-        processor = auto_processor.from_pretrained(name, **processor_options)
+        processor = auto_processor.from_pretrained(name, trust_remote_code=False, **processor_options)
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: {name} has no {_PROCESSOR[open_vocabulary]}: save one beside the model") from error
     return get_adapter(model, processor)
@@ -337,8 +342,11 @@ def _load_config(name: str, key: str) -> PreTrainedConfig:
     if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise UserError(f"{key}: folder {name} does not exist")
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            reason = "needs code of its own, which is never run: name a detector that Transformers has"
+            raise UserError(f"{key}: {name} {reason}") from error
         reason = "holds no model" if Path(name).is_dir() else "is neither a folder nor a model that the Hub gives"
         raise UserError(f"{key}: {name} {reason}: {_line(error)}") from error
 
@@ -455,7 +463,7 @@ def _known_processor(config: StudentConfig, teacher: DetectorAdapter | None):
     if name in ADAPTERS:
         return None
     try:
-        return AutoImageProcessor.from_pretrained(name)
+        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError):  # a folder with nothing but a configuration
         return None
 
@@ -469,7 +477,7 @@ def _new_processor(config: StudentConfig, model_type: str, known, size: dict[str
         known = None
     elif config.pretrained_backbone:
         try:
-            known = AutoImageProcessor.from_pretrained(config.backbone)
+            known = AutoImageProcessor.from_pretrained(config.backbone, trust_remote_code=False)
         except (OSError, ValueError) as error:
             architecture = "the teacher" if config.base == "teacher" else config.base
             other = f"a new {model_type}" if known is None else architecture

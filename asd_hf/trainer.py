@@ -414,7 +414,7 @@ def _restore(model: PreTrainedModel, folder: Path) -> None:
     """By `from_pretrained`, never by the file's own names: Transformers renames weights when it saves them."""
     if not folder.is_dir():
         raise UserError(f"checkpoint {folder} does not exist")
-    saved, report = type(model).from_pretrained(folder, output_loading_info=True)
+    saved, report = type(model).from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     if saved.config.id2label != model.config.id2label:
         raise UserError(f"{folder} is a checkpoint of a student with other classes, or in another order: start anew")
     try:

@@ -57,6 +57,25 @@ def test_a_card_says_whether_the_model_needs_this_package(tmp_path):
     assert "asd_hf is not needed" not in text and "```python\nimport asd_hf\nfrom transformers" in text
 
 
+def test_names_are_text_and_end_no_block(tmp_path):
+    name = "a_b <script>x</script> [c](javascript:d) | `e`\n# f"
+    config = yaml.safe_dump({"model": {"class_map": {"g": "h ``` i " * 20}}}, width=110)
+    text = card(
+        tmp_path,
+        model_id='user/"); exit(',
+        dataset={"name": name},
+        teacher_info={"id": f"./{name}"},
+        student_info=student(classes=[name]),
+        config_yaml=config,
+    ).text
+    assert text.count("a\\_b \\<script\\>x\\</script\\> \\[c\\](javascript:d) \\| \\`e\\` \\# f") == 4
+    body = text.split("\n# ", 1)[1]  # behind the metadata
+    assert "<script>" not in body and "\n# f" not in body
+    assert 'model="user/\\"); exit("' in text
+    block = text.split("````yaml\n")[1].split("\n````")[0]
+    assert yaml.safe_load(block) == yaml.safe_load(config)
+
+
 def test_card_metadata(tmp_path):
     data = card(tmp_path).data
     assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "object-detection")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForObjectDetection
 
@@ -20,9 +21,10 @@ from asd_hf.config import load_config
 from asd_hf.data import make_shapes, open_source, shard_dataset
 from asd_hf.data.shapes import CLASS_NAMES
 from asd_hf.evaluation import STATS
+from asd_hf.student import PACKAGED
 from asd_hf.trainer import METHOD_WEIGHTS
 from tests import tiny
-from tests.hub_server import HubServer
+from tests.hub_server import TOKEN, HubServer
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
@@ -206,10 +208,14 @@ def test_a_hub_that_is_down_is_one_line(world, tmp_path):
 
 
 def test_push_to_hub(world, tmp_path):
+    """And the numbers of the card are those of the model that is there."""
+    data = "shapes?num_train=8&num_val=20"
     with HubServer() as hub:
-        run(
+        done = run(
             *("scripts/train.py", "--config", world / "run.yaml", f"training.output_dir={tmp_path}"),
-            *("training.max_steps=1", "training.push_to_hub=true", "training.hub_model_id=user/small"),
+            *(f"model.student={PACKAGED['shapes']}", f"data.source={data}"),
+            *("training.max_steps=1", "training.learning_rate=1e-6"),
+            *("training.push_to_hub=true", "training.hub_model_id=user/small"),
             environment=hub.env,
         )
         repository = hub.repositories["user/small"]
@@ -223,11 +229,20 @@ def test_push_to_hub(world, tmp_path):
         assert not [name for name, text in texts.items() if str(world).encode() in text]
         assert str(world) in (tmp_path / "asd_hf.yaml").read_text()  # here it must run again
         assert "model-index" in card and "AP50" in card and 'model="user/small"' in card
-        load = "from transformers import AutoModelForObjectDetection as M; model = M.from_pretrained('user/small')"
-        parameters = json.loads((tmp_path / "metrics.json").read_text())["student"]["parameters"]
-        assert run("-c", f"{load}; print(model.num_parameters())", environment=hub.env).stdout.strip() == str(
-            parameters
-        )
+        arguments = ["--model", "user/small", "--data", data, "--output", tmp_path / "again.json", "--batch-size", "3"]
+        again = run("scripts/evaluate.py", *arguments, environment=hub.env | {"HF_HOME": str(tmp_path / "home")})
+    said = ModelCard(card).data.eval_results
+    numbers = json.loads((tmp_path / "again.json").read_text())
+    assert {result.metric_name: result.metric_value for result in said} == pytest.approx(
+        {name: numbers[name] for name in STATS if numbers[name] >= 0}, abs=1e-6
+    )
+    assert numbers["AP"] > 0.1  # the packaged teacher, trained for a step
+    row = next(line for line in card.splitlines() if line.startswith("| student |"))
+    assert row.split(" | ")[2] == f"{100 * numbers['AP']:.1f}"
+    assert numbers["parameters"] == json.loads((tmp_path / "metrics.json").read_text())["student"]["parameters"]
+    written = [path.read_bytes() for path in tmp_path.glob("*") if path.is_file()] + [*repository.files.values()]
+    assert TOKEN not in done.stdout + done.stderr + again.stdout + again.stderr
+    assert not any(TOKEN.encode() in content for content in written)
 
 
 def test_a_licence_that_forbids_pushing_ends_the_run_before_it_begins(world, tmp_path):

@@ -136,6 +136,23 @@ def test_secret_is_not_echoed(tmp_path):
     assert "hf_secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("secret", ["https://me:pa55@hub.example/a", "s3://AKIA@bucket", "hf_" + "a1" * 12])
+@pytest.mark.parametrize(
+    "where", ["model.teacher", "data.source", "training.output_dir", "model.student.config.paths", "model.class_map"]
+)
+def test_credentials_are_refused_and_not_echoed(tmp_path, where, secret):
+    value = f"[x, '{secret}']" if where.endswith("paths") else f"{{cat: '{secret}'}}" if "map" in where else secret
+    with pytest.raises(UserError, match=f"{re.escape(where)}.* holds a password or a token") as caught:
+        load_config(write(tmp_path, "data: {source: shapes}"), [f"{where}={value}"])
+    assert secret not in str(caught.value) and "pa55" not in str(caught.value)
+    load_config(write(tmp_path, "data: {source: 'a@b'}"), ["training.output_dir=hf_runs/c@d"])  # not all @ are one
+
+
+def test_an_error_shows_no_credentials():
+    text = str(UserError(f"401 for url: https://me:pa55@hub.example/api?x=y@z with hf_{'a1' * 12}"))
+    assert text == "401 for url: https://***@hub.example/api?x=y@z with ***"
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match="nothing.yaml does not exist"):
         load_config(tmp_path / "nothing.yaml")

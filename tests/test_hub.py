@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from transformers import DeformableDetrImageProcessor
 
 from asd_hf.config import build_config
-from asd_hf.errors import UserError
-from asd_hf.hub import call_hub, is_hub_id, public_config, secret_of, without_secrets
+from asd_hf.errors import UserError, without_secrets
+from asd_hf.hub import call_hub, is_hub_id, public_config, secret_of
 from tests.hub_server import TOKEN, HubServer
 from tests.test_card import card
 from tests.tiny import deformable_detr

@@ -1,5 +1,6 @@
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +90,43 @@ def test_missing_models_and_processors_are_one_clear_line(tmp_path):
     config.write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(UserError, match="unknown detector family 'bert'"):
         load_teacher(str(tmp_path))
+
+
+def test_pickled_weights_are_never_read(tmp_path):
+    model = tiny.deformable_detr()
+    model.config.save_pretrained(tmp_path)
+    tiny.processor().save_pretrained(tmp_path)
+
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save(model.state_dict() | {"payload": Payload()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(
+        UserError, match="no file named model.safetensors.*pytorch_model.bin.*convert them by"
+    ) as error:
+        load_teacher(str(tmp_path))
+    assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
+
+
+def test_code_of_a_checkpoint_is_never_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # Transformers would ask
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: ...\n")
+    own = {"AutoConfig": "own.Own", "AutoModelForObjectDetection": "own.Own"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": own}))
+    with pytest.raises(UserError, match="model.teacher: .* needs code of its own, which is never run") as error:
+        load_teacher(str(folder))
+    assert "\n" not in str(error.value)
+    tiny.deformable_detr().save_pretrained(folder)  # of a known family: Transformers' own code serves
+    tiny.processor().save_pretrained(folder)
+    for name, keys in (("config.json", own), ("preprocessor_config.json", {"AutoImageProcessor": "own.Own"})):
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(values | {"auto_map": keys}))
+    assert load_teacher(str(folder)).spec.family == "deformable_detr"
+    assert not (tmp_path / "ran").exists()
 
 
 def test_checkpoint_student_is_loaded_as_it_is(tmp_path):
