@@ -25,6 +25,7 @@ from .data import require_agreement, require_same, summary, write_left_out
 from .errors import UserError
 from .files import write_whole
 from .randomness import RandomState
+from .ranks import require_shared
 from .vote import Vote
 
 logger = logging.getLogger(__name__)
@@ -63,8 +64,8 @@ class ResumableTrainer(Trainer):
             resume_from_checkpoint: a checkpoint folder, or True for the newest whole one of the output folder.
 
         Raises:
-            UserError: there is no data or no checkpoint, the number of steps is not known, or the checkpoint is
-                damaged or of other data, another student or method.
+            UserError: there is no data or no checkpoint, the number of steps is not known, the checkpoint is
+                damaged or of other data, another student or method, or the ranks do not share the output folder.
             Stopped: by a signal; after the step, which is saved.
         """
         if resume_from_checkpoint is True:
@@ -77,7 +78,8 @@ class ResumableTrainer(Trainer):
             raise UserError("the length of this data source is not known: set training.max_steps")
         source = self.train_dataset.source
         require_agreement(source.faults)
-        self._vote = Vote(self.args.world_size)
+        require_shared(Path(self.args.output_dir))
+        self._vote = Vote(self.args.world_size, self.args.ddp_timeout_delta)
         self._due, self.bad_steps = {"evaluate": False, "save": False}, 0
         self._last_step = {"grad_norm": 0.0, "learning_rate": 0.0}
         self._guard = self._left = self._random_state = self._closed_step = self._saved_step = None

@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 
 from ..errors import UserError
+from ..ranks import heard
 from ..registry import nearest
 from ..stopping import Stopped, handled
 
@@ -32,7 +33,7 @@ def run(command: str, argv: list[str] | None = None) -> int:
     A user's mistake is one line on stderr and exit code 2; SIGTERM and SIGINT are one line, and 143 and 130.
     """
     try:
-        with handled():
+        with handled(), heard():
             main = import_module(f".{command.replace('-', '_')}", __name__).main
             return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
