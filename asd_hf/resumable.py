@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
 from . import stopping
 from .bad_steps import FOLDER as BAD_STEPS
@@ -78,7 +78,8 @@ class ResumableTrainer(Trainer):
             raise UserError("the length of this data source is not known: set training.max_steps")
         source = self.train_dataset.source
         require_agreement(source.faults)
-        require_shared(Path(self.args.output_dir))
+        if self.args.save_strategy != SaveStrategy.NO:
+            require_shared(Path(self.args.output_dir))
         self._vote = Vote(self.args.world_size, self.args.ddp_timeout_delta)
         self._due, self.bad_steps = {"evaluate": False, "save": False}, 0
         self._last_step = {"grad_norm": 0.0, "learning_rate": 0.0}

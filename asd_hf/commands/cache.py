@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..detectors.base import DetectorOutput
 from ..errors import UserError
 from ..hub import call_hub
 from ..methods import CombinedMethod, DistillationMethod
+from ..stopping import advise
 from ..teacher_cache import CacheWriter, Contents, TeacherCache
 from .train import report_progress
 
@@ -45,12 +45,8 @@ def main(argv: list[str]) -> None:
     run.model.teacher_cache = None  # what is to be built
     report_progress(run.training.process_index)
     set_seed(run.training.seed)
-    try:
+    with advise(lambda: f"what is finished is kept in {args.output}, the same command goes on"):
         _cache(run, args)
-    except KeyboardInterrupt:
-        if run.training.process_index == 0:
-            print(f"\nstopped: what is finished is kept in {args.output}, the same command goes on", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def _cache(run: RunConfig, args: argparse.Namespace) -> None:
