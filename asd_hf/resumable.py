@@ -266,7 +266,7 @@ class ResumableTrainer(Trainer):
                 rotate(checkpoint, self.args.save_total_limit, state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
         except (OSError, SafetensorError, RuntimeError) as error:
-            if type(error) is RuntimeError and not any(part in str(error) for part in _TORCH_WRITER):
+            if isinstance(error, RuntimeError) and not any(part in str(error) for part in _TORCH_WRITER):
                 raise
             clear(self._partial)
             reason = " ".join(str(error).split())[:200]
