@@ -58,9 +58,6 @@ class TrainingConfig(TrainingArguments):
     metric_for_best_model: str | None = _own("AP", "Evaluation metric that chooses the best checkpoint")
     save_total_limit: int | None = _own(2, "Keep at most so many checkpoints, the best one among them")
     hub_strategy: str = _own("end", "When to push to the Hub, with training.push_to_hub")
-    ddp_broadcast_buffers: bool | None = _own(
-        False, "Broadcast buffers before each pass; running statistics are broadcast after each step in any case"
-    )
     resume_from_checkpoint: str | bool | None = _own(
         None, "A checkpoint folder; or true: the newest one of training.output_dir, if there is one"
     )

@@ -8,9 +8,12 @@ from pathlib import Path
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Writes beside and renames, so that a file that exists is whole."""
+    """Writes beside and renames, so that a file that exists is whole. For one process at a time.
+
+    What a killed process has left beside, the next to write this file takes the place of.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f"{file.name}.{os.getpid()}")
+    beside = file.with_name(f"{file.name}.part")
     beside.write_text(text, encoding="utf-8")
     beside.replace(file)
 

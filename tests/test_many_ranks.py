@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,20 +13,23 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import yaml
 from safetensors.torch import load_file
 
-from asd_hf.checkpoints import all_checkpoints, read_manifest
+from asd_hf.checkpoints import PARTIAL, all_checkpoints, read_manifest
 from asd_hf.commands import run
 from asd_hf.config import build_config
 from asd_hf.data import open_source, shard_dataset
 from asd_hf.errors import UserError
+from asd_hf.ranks import require_shared
 from tests.tiny_data import tiny_rows, write_coco
 from tests.tiny_run import configuration, write_places
 
 ROOT = Path(__file__).parents[1]
 MACHINES = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/two_machines.yaml"]
-LENGTHS = (1, 14, 3)  # rows of the shards, which six readers share
+LENGTHS = (1, 14, 3)  # rows of the shards, which four readers share
 
 
 def free_port() -> int:
@@ -50,9 +54,9 @@ def world(tmp_path_factory):
         first += length
     for file in (whole, shards / "manifest_train.json"):
         file.unlink()
-    options = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2, "dataloader_num_workers": 3}
-    options |= {"per_device_train_batch_size": 1, "eval_strategy": "epoch", "save_steps": 2, "ema_decay": 0.9}
-    options |= {"disable_tqdm": True, "report_to": "none", "ddp_timeout": 15}
+    options = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2, "dataloader_num_workers": 2}
+    options |= {"per_device_train_batch_size": 2, "eval_strategy": "epoch", "save_steps": 1, "ema_decay": 0.9}
+    options |= {"disable_tqdm": True, "report_to": "none", "ddp_timeout": 20}
     sections = configuration(root, student={"frozen_batch_norm": False}, data={"source": str(shards)}, **options)
     (root / "run.yaml").write_text(yaml.safe_dump(sections))
     return root
@@ -62,7 +66,7 @@ def on_ranks(script: str, *arguments: object) -> dict:
     """What a script of `FORK` and `script` has left in `told`."""
     command = [sys.executable, "-c", FORK + script + "\nprint(json.dumps(told))", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -109,7 +113,7 @@ training_step = DistillationTrainer.training_step
 
 def dies(how):
     def step(self, *args, **kwargs):
-        if self.state.global_step == 3 and how:
+        if self.state.global_step == 1 and how:
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             if how == "hangs":
@@ -135,13 +139,13 @@ def before(rank, how):
         dies(how)
 
 for how in ("", "killed", "fails", "hangs"):
-    logs, began, port = [root / f"{how}{rank}.log" for rank in range(2)], time.monotonic(), free_port()
+    logs, port = [root / f"{how}{rank}.log" for rank in range(2)], free_port()
     arguments = ["--config", config, f"training.output_dir={root / how / 'out'}"]
     ranks = [
         fork(logs[rank], "train", arguments, rank, 2, port, lambda rank=rank: before(rank, how)) for rank in range(2)
     ]
     ranks[0].join(120)
-    told[how] = {"seconds": time.monotonic() - began, "code": ranks[0].exitcode}
+    told[how] = {"code": ranks[0].exitcode}
     for process in ranks:
         process.join(0 if how else 60)
         process.kill()
@@ -151,12 +155,6 @@ arguments = ["--config", config, f"training.output_dir={root / 'killed/out'}"]
 alone = fork(root / "alone.log", "train", [*arguments, "training.resume_from_checkpoint=true"])
 alone.join()
 told["alone"] = {"code": alone.exitcode, "log": (root / "alone.log").read_text()}
-port = free_port()
-options = ["--config", config, "--images", "0", "--steps", "2"]
-doctors = [fork(root / f"doctor{rank}.log", "doctor", options, rank, 2, port) for rank in range(2)]
-for doctor in doctors:
-    doctor.join()
-told["doctor"] = {"codes": [d.exitcode for d in doctors], "log": (root / "doctor0.log").read_text()}
 """
 
 
@@ -171,13 +169,13 @@ def test_when_a_rank_ends_or_hangs_the_others_say_so_and_end(ranks, how):
     root, told = ranks
     log = told[how]["log"]
     assert told[how]["code"] == 2 and "Traceback" not in log, log
-    line = log.splitlines()[-1]
-    assert line.startswith("error: another rank has ended, or has not answered within training.ddp_timeout (")
-    assert line.endswith("a training goes on from its newest checkpoint with training.resume_from_checkpoint=true")
-    assert ("Timed out" in line or "timeout" in line) is (how == "hangs")
-    assert told[how]["seconds"] < told[""]["seconds"] + (60 if how == "hangs" else 15)
+    before, reason, after = re.split(r" \((.*)\): ", log.splitlines()[-1])
+    assert before == "error: another rank has ended, or has not answered within training.ddp_timeout"
+    assert after.endswith("a training goes on from its newest checkpoint with training.resume_from_checkpoint=true")
+    if how != "fails":  # its loader workers may hold the connection until the others have waited long enough
+        assert ("by peer" in reason) is (how == "killed")
     (checkpoint,) = all_checkpoints(root / how / "out")
-    assert read_manifest(checkpoint)["step"] == 2
+    assert read_manifest(checkpoint)["step"] == 1
 
 
 def test_all_ranks_evaluate_the_same_weights(ranks):
@@ -213,19 +211,36 @@ def test_two_machines_are_one_with_as_many_ranks(world, ranks, tmp_path):
         one, two = (load_file(folder / name) for folder in (root / "out", tmp_path / "out"))
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     state = json.loads((all_checkpoints(tmp_path / "out")[-1] / "trainer_state.json").read_text())
-    assert state["global_step"] == 10 and state["epoch"] == 2  # 18 rows of 6 readers: 9 batches a rank, 5 steps
+    assert state["global_step"] == 4 and state["epoch"] == 2  # of 18 rows four readers have two batches each
     assert json.loads((tmp_path / "out/metrics.json").read_text())["protocol"]["num_images"] == 1
 
 
+def on_rank(rank: int, folder: Path, answers) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    require_shared(folder / "shared")
+    try:
+        require_shared(folder / f"machine{rank}")
+    except UserError as error:
+        answers.append(str(error))
+    dist.destroy_process_group()
+
+
+def test_ranks_that_do_not_share_the_output_folder_stop(tmp_path):
+    require_shared(tmp_path / "nowhere")  # alone
+    with mp.Manager() as manager:
+        answers = manager.list()
+        mp.start_processes(on_rank, (tmp_path, answers), nprocs=2, start_method="fork")
+        lines = [f"rank 1 does not see what rank 0 writes to {tmp_path / f'machine{rank}'}: " for rank in range(2)]
+        assert sorted(answers) == [
+            line + "training.output_dir must be a folder that all machines share" for line in lines
+        ]
+    assert not list((tmp_path / "shared" / PARTIAL).iterdir()) and not (tmp_path / "nowhere").exists()
+
+
 def test_more_readers_than_rows_are_refused(world, capsys):
-    small = [f"training.output_dir={world / 'small'}", "training.dataloader_num_workers=19"]
+    small = [f"training.output_dir={world / 'small'}", "training.dataloader_num_workers=10"]
     assert run("train", ["--config", str(world / "run.yaml"), *small]) == 2
-    assert "18 rows are less than one batch of 1 for each of 1 ranks x 19 loader workers" in capsys.readouterr().err
-
-
-def test_the_doctor_measures_on_several_ranks(ranks):
-    told = ranks[1]["doctor"]
-    assert told["codes"] == [0, 0] and "ms a step of 2 images a rank on cpu" in told["log"], told["log"]
+    assert "18 rows are less than one batch of 2 for each of 1 ranks x 10 loader workers" in capsys.readouterr().err
 
 
 # -- what is refused before anything is loaded ------------------------------------------------------------------------
@@ -253,7 +268,7 @@ def test_ways_to_use_many_gpus_that_are_not_ours(monkeypatch, variable, options,
 
 BUILDS = """
 from asd_hf.teacher_cache import write
-write.LEAST_IMAGES = 3
+write.LEAST_IMAGES = 5
 
 def dies(number):
     replace, calls = Path.replace, []
@@ -301,7 +316,7 @@ def builds(world, tmp_path_factory):
 
 def same_files(one, two):
     one, two = ({p.relative_to(d): p.read_bytes() for p in d.rglob("*") if p.is_file()} for d in (one, two))
-    assert len(one) >= 7 and one.keys() == two.keys()
+    assert len(one) > 5 and one.keys() == two.keys()
     assert not [str(file) for file in one if one[file] != two[file]]
 
 
