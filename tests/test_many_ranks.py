@@ -73,7 +73,7 @@ def on_ranks(script: str, *arguments: object) -> dict:
 
 # Processes forked of one that has imported all.
 FORK = """
-import hashlib, json, os, signal, socket, sys, time
+import hashlib, json, os, shutil, signal, socket, sys, time
 from multiprocessing import get_context
 from pathlib import Path
 from asd_hf.commands import run
@@ -151,7 +151,8 @@ for how in ("", "killed", "fails", "hangs"):
         process.kill()
         process.join()
     told[how] |= {"other": ranks[1].exitcode, "log": logs[0].read_text(), "other log": logs[1].read_text()}
-arguments = ["--config", config, f"training.output_dir={root / 'killed/out'}"]
+shutil.copytree(root / "killed", root / "alone")
+arguments = ["--config", config, f"training.output_dir={root / 'alone/out'}"]
 alone = fork(root / "alone.log", "train", [*arguments, "training.resume_from_checkpoint=true"])
 alone.join()
 told["alone"] = {"code": alone.exitcode, "log": (root / "alone.log").read_text()}
@@ -189,7 +190,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(ranks):
     root, told = ranks
     assert told["alone"]["code"] == 0, told["alone"]["log"]
     assert "images come in another order than they would have: ranks was 2, is 1" in told["alone"]["log"]
-    assert all_checkpoints(root / "killed/out") and (root / "killed/out/metrics.json").is_file()
+    assert all_checkpoints(root / "alone/out") and (root / "alone/out/metrics.json").is_file()
 
 
 def test_two_machines_are_one_with_as_many_ranks(world, ranks, tmp_path):
