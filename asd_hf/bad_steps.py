@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
+
+from .norms import running_statistics
 
 FOLDER = "_bad_steps"  # of the output folder; the underscore keeps it off the Hub
 BATCHES = "batches_{rank}.safetensors"
@@ -53,8 +54,7 @@ class StepGuard:
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self.reads_device = getattr(optimizer, "_step_supports_amp_scaling", False)
-        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-        self.buffers = [b for m in norms for b in (m.running_mean, m.running_var)]
+        self.buffers = running_statistics(model)
         self.before: list[Tensor] = []
         self.step: Step | None = None
         self.waiting: Step | None = None

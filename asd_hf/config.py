@@ -10,11 +10,14 @@ from __future__ import annotations
 import re
 import types
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from datetime import timedelta
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
@@ -28,6 +31,12 @@ from .student import ModelConfig
 SECTIONS = ("model", "data", "method", "training")
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: bytes that are not UTF-8, a date like 2026-13-01
 NO_METHOD = "none"  # plain training, without a teacher
+SHARDED = {
+    "fsdp": "FSDP",
+    "deepspeed": "DeepSpeed",
+    "megatron_lm": "Megatron-LM",
+    "parallelism_config": "N-d parallelism",
+}
 
 
 def _own(default, text):
@@ -89,7 +98,17 @@ class TrainingConfig(TrainingArguments):
     early_stopping_patience: int = _own(0, "Stop after so many evaluations without a better AP; 0: never")
 
     def __post_init__(self) -> None:
+        for key, name in SHARDED.items():  # `accelerate launch` asks for them by the environment
+            if getattr(self, key, None) or parse_flag_from_env(f"ACCELERATE_USE_{key.upper()}"):
+                raise UserError(
+                    f"{name} is not supported (every rank holds the whole student, which is small): start with "
+                    "distributed_type: MULTI_GPU, as configs/accelerate/eight_gpus.yaml does"
+                )
+        if self.use_cpu:  # Transformers gives this timeout to GPUs alone, but takes a process group that is there
+            PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
+        if self.save_on_each_node:
+            raise UserError("training.save_on_each_node must be false: all machines share training.output_dir")
         if self.hub_token is not None:
             raise UserError("training.hub_token would be written into files: use `hf auth login` or HF_TOKEN instead")
         if self.hub_strategy != HubStrategy.END:

@@ -11,9 +11,12 @@ from pathlib import Path
 
 @contextmanager
 def written_beside(file: Path) -> Iterator[Path]:
-    """Where to write `file`, which takes its place when the block ends; of a block that fails nothing is left."""
+    """Where to write `file`, which takes its place when the block ends; of a block that fails nothing is left.
+
+    For one process at a time. What a killed process has left, the next to write this file takes the place of.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f"{file.name}.{os.getpid()}")
+    beside = file.with_name(f"{file.name}.part")
     try:
         yield beside
         beside.replace(file)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
 from . import stopping
 from .bad_steps import FOLDER as BAD_STEPS
@@ -25,6 +25,7 @@ from .data import require_agreement, require_same, summary, write_left_out
 from .errors import UserError
 from .files import write_whole
 from .randomness import RandomState
+from .ranks import require_shared
 from .vote import Vote
 
 logger = logging.getLogger(__name__)
@@ -63,8 +64,8 @@ class ResumableTrainer(Trainer):
             resume_from_checkpoint: a checkpoint folder, or True for the newest whole one of the output folder.
 
         Raises:
-            UserError: there is no data or no checkpoint, the number of steps is not known, or the checkpoint is
-                damaged or of other data, another student or method.
+            UserError: there is no data or no checkpoint, the number of steps is not known, the checkpoint is
+                damaged or of other data, another student or method, or the ranks do not share the output folder.
             Stopped: by a signal; after the step, which is saved.
         """
         if resume_from_checkpoint is True:
@@ -77,7 +78,9 @@ class ResumableTrainer(Trainer):
             raise UserError("the length of this data source is not known: set training.max_steps")
         source = self.train_dataset.source
         require_agreement(source.faults)
-        self._vote = Vote(self.args.world_size)
+        if self.args.save_strategy != SaveStrategy.NO:
+            require_shared(Path(self.args.output_dir))
+        self._vote = Vote(self.args.world_size, self.args.ddp_timeout_delta)
         self._due, self.bad_steps = {"evaluate": False, "save": False}, 0
         self._last_step = {"grad_norm": 0.0, "learning_rate": 0.0}
         self._guard = self._left = self._random_state = self._closed_step = self._saved_step = None
@@ -263,7 +266,7 @@ class ResumableTrainer(Trainer):
                 rotate(checkpoint, self.args.save_total_limit, state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
         except (OSError, SafetensorError, RuntimeError) as error:
-            if type(error) is RuntimeError and not any(part in str(error) for part in _TORCH_WRITER):
+            if isinstance(error, RuntimeError) and not any(part in str(error) for part in _TORCH_WRITER):
                 raise
             clear(self._partial)
             reason = " ".join(str(error).split())[:200]

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import socket
 import sys
 import traceback
 from collections import Counter
@@ -76,6 +77,7 @@ SECTIONS = {
 }
 KILLS_A_RUN = 6
 POLL = 0.002  # seconds between two looks at what a run is doing
+GRACE = 60  # seconds in which ranks must end when another was killed
 _TIMES = ("runtime", "per_second", "ms_per_image")  # parts of the names of what differs from run to run
 
 
@@ -93,6 +95,7 @@ class Result:
 
     Attributes:
         kills: how many by what the run was doing.
+        alone: kills of one rank of several, after which the others have ended by themselves.
         half_written: kills that left a part of a checkpoint behind.
         runs: that were killed, started again and ended.
         unbroken: seconds of the run that was not killed.
@@ -100,14 +103,19 @@ class Result:
     """
 
     kills: Counter = field(default_factory=Counter)
+    alone: int = 0
     half_written: int = 0
     runs: int = 0
     unbroken: float = 0.0
     differences: list[str] = field(default_factory=list)
 
 
-def survive_kills(train: Callable[[dict], None], sections: dict, kills: int, seed: int, work: Path) -> Result:
+def survive_kills(
+    train: Callable[[dict], None], sections: dict, kills: int, seed: int, work: Path, ranks: int = 1
+) -> Result:
     """Trains once unbroken, then again and again under SIGKILL, each run to its end.
+
+    Of several ranks either all are killed at once, or one alone, and the others must end by themselves.
 
     Args:
         train: runs a configuration; it is called in processes of their own.
@@ -115,15 +123,16 @@ def survive_kills(train: Callable[[dict], None], sections: dict, kills: int, see
         kills: in all, at most `KILLS_A_RUN` in one run.
         seed: of the moments.
         work: folder of all that the runs leave.
+        ranks: of each run, on this machine.
 
     Raises:
-        UserError: a run failed by itself.
+        UserError: a run failed by itself, or a rank went on for `GRACE` seconds when another was killed.
     """
     result, rng = Result(), random.Random(seed)
-    unbroken, clock = _Run(train, sections, work / "unbroken"), Counter()
+    unbroken, clock = _Run(train, sections, work / "unbroken", ranks), Counter()
     began = monotonic()
     unbroken.start()
-    while unbroken.process.is_alive():
+    while unbroken.is_alive():
         clock[unbroken.doing] += POLL
         sleep(POLL)
     unbroken.join()
@@ -131,13 +140,15 @@ def survive_kills(train: Callable[[dict], None], sections: dict, kills: int, see
     steps = max(1, len(unbroken.order()))
     with tqdm(total=kills, desc="selftest/resume", unit="kill") as bar:
         while sum(result.kills.values()) < kills:
-            run = _Run(train, sections, work / f"killed_{result.runs}")
+            run = _Run(train, sections, work / f"killed_{result.runs}", ranks)
             for _ in range(min(KILLS_A_RUN, kills - sum(result.kills.values()))):
                 run.start()
-                doing = run.kill(rng, result.unbroken, clock, steps)
+                victim = rng.choice([None, *range(ranks)]) if ranks > 1 else None
+                doing = run.kill(rng, result.unbroken, clock, steps, victim)
                 if doing is None:
                     break
                 result.kills[doing] += 1
+                result.alone += victim is not None
                 result.half_written += doing == Doing.SAVE and (run.folder / PARTIAL).is_dir()
                 bar.update()
             else:
@@ -149,10 +160,10 @@ def survive_kills(train: Callable[[dict], None], sections: dict, kills: int, see
 
 
 class _Run:
-    """A training in `folder`, in one process after the other."""
+    """A training in `folder`, of one process a rank, started again and again."""
 
-    def __init__(self, train: Callable[[dict], None], sections: dict, folder: Path) -> None:
-        self.train, self.folder, self.starts = train, folder, 0
+    def __init__(self, train: Callable[[dict], None], sections: dict, folder: Path, ranks: int) -> None:
+        self.train, self.folder, self.ranks, self.starts = train, folder, ranks, 0
         self.sections = deepcopy(sections)
         settings = {
             "output_dir": str(folder),
@@ -162,6 +173,7 @@ class _Run:
         }
         self.sections.setdefault("training", {}).update(settings)
         self.log, self.images = (folder.with_name(f"{folder.name}.{name}") for name in ("log", "images"))
+        self.processes: list[multiprocessing.Process] = []
         # Forked: what this process has imported need not be imported at each start. It must not have evaluated
         # anything: the threads of hotcoco do not live on in a fork.
         self.context = multiprocessing.get_context("fork")
@@ -174,14 +186,20 @@ class _Run:
     def start(self) -> None:
         self.starts += 1
         self._doing.value = Doing.START
-        self.process = self.context.Process(target=self._main)
-        self.process.start()
+        port = _free_port()
+        self.processes = [self.context.Process(target=self._main, args=(rank, port)) for rank in range(self.ranks)]
+        for process in self.processes:
+            process.start()
 
-    def _main(self) -> None:
+    def _main(self, rank: int, port: int) -> None:
         with self.log.open("a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-        _watch(self._doing, self.images, self.starts)
+        if self.ranks > 1:  # what a launcher tells
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks, "LOCAL_WORLD_SIZE": self.ranks}
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in (ranks | place).items()})
+        _watch(None if rank else self._doing, self.images, self.starts, rank)
         try:
             self.train(self.sections)
         except BaseException:
@@ -189,8 +207,16 @@ class _Run:
             sys.stderr.flush()
             os._exit(1)
 
-    def kill(self, rng: random.Random, seconds: float, clock: Counter, steps: int) -> Doing | None:
-        """Sends SIGKILL at a random moment of a training, of a save or of an evaluation; None if it ended before."""
+    def is_alive(self) -> bool:
+        """Whether all of its processes are."""
+        return all(process.is_alive() for process in self.processes)
+
+    def kill(self, rng: random.Random, seconds: float, clock: Counter, steps: int, victim: int | None) -> Doing | None:
+        """Sends SIGKILL at a random moment of a training, of a save or of an evaluation; None if it ended before.
+
+        Args:
+            victim: the rank that is killed alone; all of them by default.
+        """
         aim = rng.choice([None, Doing.SAVE, Doing.EVALUATION])
         if aim is not None:
             for _ in range(rng.randint(1, 3)):  # occurrences
@@ -199,36 +225,54 @@ class _Run:
             seconds = 2 * clock[aim] / steps
         end = monotonic() + rng.uniform(0, seconds)
         self._wait(lambda: monotonic() >= end)
-        if not self.process.is_alive():
+        if not self.is_alive():
             return None
-        self.process.kill()
-        self.process.join()
-        return self.doing if self.process.exitcode else None
+        for process in self.processes if victim is None else [self.processes[victim]]:
+            process.kill()
+        end = monotonic() + GRACE
+        for rank, process in enumerate(self.processes):
+            process.join(max(0, end - monotonic()))
+            if process.is_alive():
+                self._end()
+                raise UserError(f"rank {rank} went on for {GRACE} s when rank {victim} was killed ({self.log})")
+        return self.doing if any(process.exitcode for process in self.processes) else None
 
     def _wait(self, condition: Callable[[], bool]) -> None:
-        while self.process.is_alive() and not condition():
+        while self.is_alive() and not condition():
             sleep(POLL)
 
+    def _end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
     def join(self) -> None:
-        self.process.join()
-        if self.process.exitcode:
+        for process in self.processes:
+            process.join()
+        if any(process.exitcode for process in self.processes):
             lines = self.log.read_text(errors="replace").split("\n")
             last = next((line for line in reversed(lines) if line.strip()), "no message")
             raise UserError(f"a run failed by itself: {last.strip()} ({self.log})")
 
     def order(self) -> dict[int, list]:
-        """The ids of the images of each step, as it was trained last."""
+        """The ids of the images of each step and rank, as it was trained last."""
         steps = {}
         for line in self.images.read_text().splitlines():
-            start, step, ids = json.loads(line)
+            start, step, rank, ids = json.loads(line)
             if step not in steps or steps[step][0] != start:
-                steps[step] = (start, [])
-            steps[step][1].append(ids)
+                steps[step] = (start, [[] for _ in range(self.ranks)])
+            steps[step][1][rank].append(ids)
         return {step: ids for step, (_, ids) in steps.items()}
 
 
-def _watch(doing, images: Path, start: int) -> None:
-    """Makes the trainer of this process tell what it is doing, and which images it trains on."""
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _watch(doing, images: Path, start: int, rank: int) -> None:
+    """Makes the trainer of this process tell which images it trains on, and what it is doing if `doing` is given."""
 
     def during(name: str, now: Doing, after: Doing) -> None:
         method = getattr(DistillationTrainer, name)
@@ -242,16 +286,17 @@ def _watch(doing, images: Path, start: int) -> None:
 
         setattr(DistillationTrainer, name, told)
 
-    during("_save_checkpoint", Doing.SAVE, Doing.STEP)
-    during("evaluation_loop", Doing.EVALUATION, Doing.STEP)
-    during("_run_epoch", Doing.STEP, Doing.STEP)
-    during("_finalize_training", Doing.END, Doing.END)
+    if doing is not None:
+        during("_save_checkpoint", Doing.SAVE, Doing.STEP)
+        during("evaluation_loop", Doing.EVALUATION, Doing.STEP)
+        during("_run_epoch", Doing.STEP, Doing.STEP)
+        during("_finalize_training", Doing.END, Doing.END)
     training_step = DistillationTrainer.training_step
 
     def listed(self, model, inputs, *args, **kwargs):
         with images.open("a") as file:
             ids = [int(label["image_id"]) for label in inputs["labels"]]
-            file.write(json.dumps([start, self.state.global_step, ids]) + "\n")
+            file.write(json.dumps([start, self.state.global_step, rank, ids]) + "\n")
         return training_step(self, model, inputs, *args, **kwargs)
 
     DistillationTrainer.training_step = listed

@@ -32,6 +32,7 @@ from .fast_criterion import LOSSES, use_fast_criterion
 from .hub import public_config
 from .matrices import MatrixRecorder, has_matrices
 from .methods import CombinedMethod, DistillationMethod
+from .norms import SameStatistics
 from .pace import Pace
 from .phases import Stopwatch, phase
 from .resumable import ResumableTrainer
@@ -66,7 +67,7 @@ class DistillationTrainer(ResumableTrainer):
     Raises:
         UserError: teacher without method or the reverse, no class in common, a method made for other classes than
             those in common, a moving average that teaches and is not kept, or does not where the method wants it,
-            several GPUs in one process, FSDP or DeepSpeed.
+            several GPUs in one process.
     """
 
     loss_is_scaled_for_ga = False  # losses are means over a micro-batch: Trainer divides by the accumulation steps
@@ -119,8 +120,8 @@ class DistillationTrainer(ResumableTrainer):
             processing_class=student.processor,
             **kwargs,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UserError("FSDP and DeepSpeed are not supported: start with distributed_type MULTI_GPU")
+        if args.world_size > 1:
+            self.add_callback(SameStatistics(student.model))  # before the moving average
         self.ema: EMACallback | None = None
         if args.ema_decay:
             self.ema = EMACallback(student.model, args.ema_decay)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 
@@ -11,10 +13,13 @@ class Vote:
 
     With several ranks the answer is that to the call before: a reduction of one number on the CPU, which runs while
     the step is computed, so that neither the device nor another rank is waited for.
+
+    Args:
+        timeout: after which a call raises RuntimeError, if a rank does not answer.
     """
 
-    def __init__(self, world_size: int) -> None:
-        self.group = dist.new_group(backend="gloo") if world_size > 1 else None
+    def __init__(self, world_size: int, timeout: timedelta | None = None) -> None:
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
         self.work = self.flag = None
 
     def __call__(self, told: bool) -> bool:

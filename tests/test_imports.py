@@ -8,7 +8,7 @@ import asd_hf
 ROOT = Path(asd_hf.__file__).parent
 LAYERS = [
     {"errors", "registry", "ops", "distances", "phases", "progress", "streams", "environment"},
-    {"files", "checkpoints", "stopping", "vote", "randomness"},
+    {"files", "checkpoints", "stopping", "vote", "ranks", "norms", "randomness"},
     {"detectors"},
     {"criterion", "fast_criterion", "features", "losses", "matching", "questions", "sampling", "targets"},
     {"models", "methods"},

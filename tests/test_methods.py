@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -259,23 +260,23 @@ def work(rank, world, path):
     """The gradients of each method on one rank's part of the batch, averaged as DistributedDataParallel does."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}/{world}", rank=rank, world_size=world)
-    # Images of one size, for the canvas would depend on the others; unequal numbers of objects, one image without.
-    batch = tiny.batch(4, sizes=((96, 96),), boxes=(3, 0, 1, 5))
-    part = slice(rank * 4 // world, (rank + 1) * 4 // world)
-    batch = {key: value[part] for key, value in batch.items()}
-    for label in batch["labels"]:
-        label["boxes"] = label["boxes"].double()
     values = {}
-    for name in METHODS:
+    for boxes, name in product(((3, 0, 1, 5), (0, 0, 1, 5)), METHODS):  # an image without objects, a rank without
+        # Images of one size, for the canvas would depend on the others.
+        batch = tiny.batch(4, sizes=((96, 96),), boxes=boxes)
+        part = slice(rank * 4 // world, (rank + 1) * 4 // world)
+        batch = {key: value[part] for key, value in batch.items()}
+        for label in batch["labels"]:
+            label["boxes"] = label["boxes"].double()
         student, teacher = make_pair("alike")
         method, shared = make_method(name, student, teacher)
         for module in (student.model.double().requires_grad_(True), teacher.model.double(), method.double()):
             module.eval()
         losses = compare(method, shared, student, teacher, batch)
         sum(losses.values()).backward()
-        values |= {term: loss.detach() for term, loss in losses.items()}
+        values |= {f"{boxes} {term}": loss.detach() for term, loss in losses.items()}
         for module in (student.model, method):
-            grads = {f"{name} {n}": p.grad for n, p in module.named_parameters() if p.grad is not None}
+            grads = {f"{boxes} {name} {n}": p.grad for n, p in module.named_parameters() if p.grad is not None}
             values |= grads
     for value in values.values():
         dist.all_reduce(value)

@@ -14,10 +14,10 @@ from asd_hf.randomness import RandomState
 SMALL = ["training.max_steps=6", "training.dataloader_num_workers=0", "training.logging_steps=4"]
 
 
-def selftest(kills: int, before: str = "") -> subprocess.CompletedProcess:
+def selftest(kills: int, before: str = "", *more: str) -> subprocess.CompletedProcess:
     """The command in a process of its own: it forks, which the threads of an evaluation in this one do not survive."""
     command = f"import sys\nfrom asd_hf.commands import run\n{before}\nsys.exit(run('selftest', sys.argv[1:]))"
-    arguments = ["resume", "--kills", str(kills), "--seed", "3", *SMALL]
+    arguments = ["resume", "--kills", str(kills), "--seed", "3", *SMALL, *more]
     return subprocess.run([sys.executable, "-c", command, *arguments], capture_output=True, text=True, timeout=300)
 
 
@@ -26,6 +26,13 @@ def test_a_killed_run_ends_as_the_unbroken_one():
     assert done.returncode == 0, done.stderr
     assert re.search(r"2 kills survived: \d runs ended as the unbroken one, bit by bit", done.stdout)
     assert sum(int(line.split()[1]) for line in done.stdout.splitlines()[1:6]) == 2
+
+
+def test_ranks_are_killed_together_or_alone():
+    done = selftest(2, "", "--ranks", "2")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"[12] of 2 kills were of one rank alone: the others ended by themselves", done.stdout)
+    assert re.search(r"2 kills survived: \d runs ended as the unbroken one, bit by bit", done.stdout)
 
 
 FORGETFUL = """

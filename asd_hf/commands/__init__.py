@@ -8,6 +8,7 @@ from importlib import import_module
 
 from ..errors import UserError
 from ..progress import QUIET
+from ..ranks import heard
 from ..registry import nearest
 from ..stopping import Stopped, handled
 
@@ -44,7 +45,7 @@ def run(command: str, argv: list[str] | None = None) -> int:
         argv.remove("--quiet")
         os.environ[QUIET] = "1"
     try:
-        with handled():
+        with handled(), heard():
             main = import_module(f".{command.replace('-', '_')}", __name__).main
             return main(argv) or 0
     except UserError as error:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from ..build import Parts
 from ..config import RunConfig, load_config
 from ..hub import call_hub
 from ..progress import show_logs
+from ..stopping import advise
 from ..teacher_cache import CacheWriter, TeacherCache
 
 
@@ -37,12 +37,8 @@ def main(argv: list[str]) -> None:
     run.model.teacher_cache = None  # what is to be built
     show_logs(run.training.process_index)
     set_seed(run.training.seed)
-    try:
+    with advise(lambda: f"what is finished is kept in {args.output}, the same command goes on"):
         _cache(run, args)
-    except KeyboardInterrupt:
-        if run.training.process_index == 0:
-            print(f"\nstopped: what is finished is kept in {args.output}, the same command goes on", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def _cache(run: RunConfig, args: argparse.Namespace) -> None:

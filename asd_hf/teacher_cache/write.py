@@ -159,7 +159,7 @@ class CacheWriter:
         output.mkdir(parents=True, exist_ok=True)
         begun = next((output / name for name in (BUILDING, MANIFEST) if (output / name).is_file()), None)
         if begun is None:
-            if any(output.iterdir()):
+            if any(file.name != f"{BUILDING}.part" for file in output.iterdir()):
                 raise UserError(f"{output} holds other files: name an empty folder, or one that is not there")
         else:
             before = read_manifest(begun)
