@@ -81,6 +81,7 @@ def train(run: RunConfig) -> dict:
             finished = read_run(Path(args.output_dir))
             make_card(finished, finished.name).save(Path(args.output_dir) / "README.md")
         print(f"student, metrics.json, model card and configuration are in {args.output_dir}")
+        print(f"next: asd-hf report {args.output_dir}, or asd-hf push {args.output_dir}")
         if push:
             shared, pushed = push_run(finished, finished.name, args.hub_private_repo)
             print("\n".join([*(f"note: {remark}" for remark in shared.remarks), str(pushed)]))
