@@ -2,7 +2,7 @@
 
 import re
 
-LINK = re.compile(r"\[((?:`[^`]*`|[^\]])*)\]\((?:\.\./[^)]*|evidence/[^)]*(?<!\.md)(?<!\.png))\)")
+LINK = re.compile(r"\[((?:`[^`]*`|[^\]`])*)\]\((?:\.\./[^)]*|evidence/[^)]*(?<!\.md)(?<!\.png))\)")
 
 
 def on_page_markdown(markdown: str, **_) -> str:
