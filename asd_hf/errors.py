@@ -3,7 +3,8 @@ from __future__ import annotations
 import re
 
 SECRET = re.compile(  # credentials in an address, a token of the Hub, a secret among the parameters of an address
-    r"(?P<before>://)[^/\s@]+(?=@)|\bhf_\w{30,}|(?P<key>[?&][\w-]*(?:token|key|secret|password|signature)=)[^&\s]+",
+    r"(?P<before>://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{20,}|"
+    r"(?P<key>[?&][\w-]*(?:token|key|secret|password|signature)=)[^&\s]+",
     re.IGNORECASE,
 )
 

@@ -142,7 +142,7 @@ def test_secret_is_not_echoed(tmp_path):
 )
 def test_credentials_are_refused_and_not_echoed(tmp_path, where, secret):
     value = f"[x, '{secret}']" if where.endswith("paths") else f"{{cat: '{secret}'}}" if "map" in where else secret
-    with pytest.raises(UserError, match=f"{re.escape(where)}.* holds a password or a token") as caught:
+    with pytest.raises(UserError, match=f"{re.escape(where)}.* holds a token or password") as caught:
         load_config(write(tmp_path, "data: {source: shapes}"), [f"{where}={value}"])
     assert secret not in str(caught.value) and "pa55" not in str(caught.value)
     load_config(write(tmp_path, "data: {source: 'a@b'}"), ["training.output_dir=hf_runs/c@d"])  # not all @ are one
