@@ -97,7 +97,8 @@ class MatrixRecorder(TrainerCallback):
         row = next((row for row in rows if row["objects"] and row["objects"]["bbox"]), None)
         own = self.stream.transform
         views = own, RowTransform(teacher_view(own.config), training=False)  # of which only the pixels are read
-        return [] if row is None else [collate([view(row)]) for view in views]
+        # Twice: group norm refuses a single cell of a single image, as small images have at the coarsest level.
+        return [] if row is None else [collate([view(row)] * 2) for view in views]
 
 
 def has_matrices(method: DistillationMethod | CombinedMethod) -> bool:
