@@ -185,9 +185,9 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, capsys):
 
 
 def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
     assert run("export", ["--model", "shapes", "--output", str(tmp_path / "onnx")]) == 2
-    assert "onnxscript is not installed: pip install 'asd-hf[export]'" in capsys.readouterr().err
+    assert "onnx is not installed: pip install 'asd-hf[export]'" in capsys.readouterr().err
 
 
 def test_what_the_exporter_cannot_do_is_one_line(tmp_path, monkeypatch, capsys):
