@@ -13,7 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from .errors import SECRET, UserError, without_secrets
+from .errors import SECRET, UserError
 from .student import PACKAGED
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ def call_hub(call: Callable[[], T], advice: str, attempts: int = 4, wait: float 
         except (HTTPError, OSError, RuntimeError, ValueError) as error:
             status = _status(error)
             if attempt == attempts or (status < 500 and status != 429):
-                parts = [without_secrets(" ".join(str(error).split())), HINTS.get(status), advice]
+                parts = [" ".join(str(error).split()), HINTS.get(status), advice]
                 raise UserError(f"the Hub: {'; '.join(filter(None, parts))}") from error
             time.sleep(wait * 2 ** (attempt - 1))
 
