@@ -1,7 +1,9 @@
 """What README.md and docs/ say is true: links lead somewhere, messages are ours, the site and the notebook work."""
 
 import ast
+import os
 import re
+import sysconfig
 from pathlib import Path
 
 import nbformat
@@ -46,7 +48,8 @@ def test_the_site_builds_without_a_warning(tmp_path, caplog):
     )  # it asks nothing of another server
 
 
-def test_the_notebook_runs(tmp_path):
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}")
     book = nbformat.read(ROOT / "docs" / "notebooks" / "quickstart.ipynb", 4)
     cells = [cell for cell in book.cells if cell.cell_type == "code"]
     assert cells[0].source.startswith("STEPS = 300")
