@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from .classes import find_classes, rename_classes, short_list
+from .deformable_attention import use_fast_deformable_attention
 from .detectors import ADAPTERS, adapter_class, get_adapter
 from .detectors.base import DetectorAdapter
 from .errors import UserError
@@ -162,7 +163,7 @@ def build_student(
         names = teacher.spec.class_names if config.copy_weights else tuple(class_names)
         architecture = _architecture(config, teacher, names)
         processor = _new_processor(config, architecture.model_type, _known_processor(config, teacher), size)
-        student = get_adapter(_new_model(architecture), processor)
+        student = get_adapter(use_fast_deformable_attention(_new_model(architecture)), processor)
         student.reset_transformer()
         student.reset_heads()
         if config.copy_weights:
@@ -335,7 +336,7 @@ def _load_detector(name: str, key: str, **processor_options) -> DetectorAdapter:
         processor = auto_processor.from_pretrained(name, trust_remote_code=False, **processor_options)
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: {name} has no {_PROCESSOR[open_vocabulary]}: save one beside the model") from error
-    return get_adapter(model, processor)
+    return get_adapter(use_fast_deformable_attention(model), processor)
 
 
 def _load_config(name: str, key: str) -> PreTrainedConfig:

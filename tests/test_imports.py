@@ -7,7 +7,7 @@ import asd_hf
 
 ROOT = Path(asd_hf.__file__).parent
 LAYERS = [
-    {"errors", "registry", "ops", "distances", "phases", "progress", "streams", "environment"},
+    {"errors", "registry", "ops", "deformable_attention", "distances", "phases", "progress", "streams", "environment"},
     {"files", "checkpoints", "stopping", "vote", "ranks", "norms", "randomness"},
     {"detectors"},
     {"criterion", "fast_criterion", "features", "losses", "matching", "questions", "sampling", "targets"},

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..build import Parts
 from ..config import NO_METHOD
+from ..deformable_attention import FastDeformableAttention
 from ..errors import UserError
 from ..methods import MethodConfig, get_method
 from ..phases import Stopwatch, phase
@@ -208,7 +209,7 @@ def _stock_step(trainer: DistillationTrainer, batch: dict, watch: Callable[[], S
     def step() -> Seconds:
         model.train()
         with watch() as measured:
-            with phase("student"), trainer.compute_loss_context_manager(), _timed_loss(model):
+            with phase("student"), trainer.compute_loss_context_manager(), _timed_loss(model), _stock_attention(model):
                 loss = model(**inputs).loss
             with phase("backward"):
                 loss.backward()
@@ -219,6 +220,19 @@ def _stock_step(trainer: DistillationTrainer, batch: dict, watch: Callable[[], S
         return dict(measured.seconds)
 
     return step
+
+
+@contextmanager
+def _stock_attention(model: nn.Module) -> Iterator[None]:
+    """Lets Transformers' own deformable attention run during the block."""
+    replaced = [module for module in model.modules() if isinstance(module, FastDeformableAttention)]
+    for module in replaced:
+        module.forward = module.stock.forward
+    try:
+        yield
+    finally:
+        for module in replaced:
+            del module.forward
 
 
 @contextmanager

@@ -2,18 +2,19 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 from transformers import set_seed
 
+from ..benchmark.attention import AttentionRow, measure_attention
 from ..benchmark.cache import format_cache, measure_cache
 from ..benchmark.data import OURS, measure_data
 from ..benchmark.evaluation import measure_evaluation
 from ..benchmark.latency import RUNTIMES, measure_latency
-from ..benchmark.loss import SWEEPS, LossSize, measure_losses
+from ..benchmark.loss import SWEEPS, LossRow, LossSize, measure_losses
 from ..benchmark.method import format_methods, measure_methods
 from ..benchmark.sidebyside import format_table, write_rows
 from ..benchmark.step import format_costs, measure_steps
@@ -156,12 +157,20 @@ def loss(argv: list[str]) -> None:
         raise UserError(f"--family: unknown family {args.family!r}: {nearest(args.family, LOSSES)}")
     size = LossSize(**{field.name: getattr(args, field.name) for field in fields(LossSize)})
     rows = list(measure_losses(args.family, size, args.sweep, args.rounds))
-    header = ["", "ours, ms", "spread", "Transformers, ms", "spread", "times faster", "largest difference"]
-    cells = []
-    for row in rows:
-        numbers = row.ours_ms, row.ours_spread_ms, row.reference_ms, row.reference_spread_ms, 1 / row.ratio
-        cells.append([row.name, *(f"{number:.1f}" for number in numbers), f"{row.difference:.0e}"])
-    print(format_table(header, cells))
+    print(_against_transformers(rows))
+    if args.json is not None:
+        write_rows(args.json, [asdict(row) for row in rows])
+
+
+def attention(argv: list[str]) -> None:
+    """deformable attention on a CPU, against Transformers' own"""
+    parser = _parser("attention", attention.__doc__)
+    parser.add_argument("--images", type=int, default=1, metavar="N", help="default: 1")
+    parser.add_argument("--image-size", type=int, default=800, metavar="PIXELS", help="of a side (default: 800)")
+    parser.add_argument("--queries", type=int, default=300, metavar="N", help="of the decoder (default: 300)")
+    args = _parse(parser, argv, "images", "image_size", "queries")
+    rows = list(measure_attention(args.images, args.image_size, args.queries, args.rounds))
+    print(_against_transformers(rows))
     if args.json is not None:
         write_rows(args.json, [asdict(row) for row in rows])
 
@@ -211,11 +220,21 @@ def latency(argv: list[str]) -> None:
         write_rows(args.json, [asdict(row) for row in rows])
 
 
+def _against_transformers(rows: Sequence[LossRow | AttentionRow]) -> str:
+    header = ["", "ours, ms", "spread", "Transformers, ms", "spread", "times faster", "largest difference"]
+    cells = []
+    for row in rows:
+        numbers = row.ours_ms, row.ours_spread_ms, row.reference_ms, row.reference_spread_ms, 1 / row.ratio
+        cells.append([row.name, *(f"{number:.1f}" for number in numbers), f"{row.difference:.0e}"])
+    return format_table(header, cells)
+
+
 BENCHMARKS = {
     "step": step,
     "method": method,
     "cache": cache,
     "loss": loss,
+    "attention": attention,
     "data": data,
     "eval": evaluation,
     "latency": latency,
