@@ -52,7 +52,7 @@ def same(found: list[dict], rows: list[dict], tolerance: float = 0) -> None:
 # -- COCO folders -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("images", ["val", "images/val"])
+@pytest.mark.parametrize("images", ["val", "images/val", "images", "."])
 def test_coco_folder(tmp_path, images):
     write_coco(tmp_path, "val", ROWS, images)
     source = open_source(str(tmp_path), "val")
@@ -63,6 +63,24 @@ def test_coco_folder(tmp_path, images):
     assert [Path(r["image"]["path"]).read_bytes() for r in found] == [r["jpeg"] for r in ROWS]
     assert {r["image"]["bytes"] for r in found} == {None}
     assert [(r["width"], r["height"]) for r in found] == [(r["width"], r["height"]) for r in ROWS]
+
+
+def test_annotations_among_the_images(tmp_path):
+    write_coco(tmp_path, "valid", ROWS)
+    (tmp_path / "annotations/instances_valid.json").rename(tmp_path / "valid/_annotations.coco.json")
+    (tmp_path / "annotations").rmdir()
+    found = read(open_source(str(tmp_path), "valid"))
+    same(found, expected())
+    assert [Path(r["image"]["path"]).read_bytes() for r in found] == [r["jpeg"] for r in ROWS]
+    with pytest.raises(UserError, match="looked for annotations/instances_val.json, val/_annotations.coco.json"):
+        open_source(str(tmp_path), "val")
+
+
+def test_opening_a_folder_shows_no_bar_of_another_package(tmp_path, capfd):
+    write_coco(tmp_path, "val", ROWS)
+    open_source(str(tmp_path), "val")
+    assert capfd.readouterr().err == ""
+    assert not datasets.are_progress_bars_disabled()
 
 
 def naive(file: Path) -> list[dict]:
@@ -151,7 +169,7 @@ def test_missing_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"instances_train.json does not exist; splits of .*: val$"):
         open_source(str(tmp_path), "train")
     (tmp_path / "val").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="neither .*/val nor .*/images/val is a folder"):
+    with pytest.raises(UserError, match="[0-9]+.jpg is in none of .*/val, .*/images/val, .*/images, "):
         open_source(str(tmp_path), "val")
     (tmp_path / "annotations/instances_val.json").write_text("{not json")
     with pytest.raises(UserError, match="instances_val.json is no COCO annotation file"):

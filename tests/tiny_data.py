@@ -49,7 +49,7 @@ def tiny_rows(count: int, first_id: int = 100) -> list[dict]:
 
 def write_images(folder: Path, rows: list[dict]) -> Path:
     """Writes the images of rows into a folder, by the names that they have in a COCO folder."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for row in rows:
         (folder / f"{row['image_id']:06d}.jpg").write_bytes(row["jpeg"])
     return folder

@@ -9,6 +9,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,6 +25,7 @@ from .rows import MAX_SHARDS, Source, cut_evenly, read_rows, stream_of
 logger = logging.getLogger(__name__)
 
 INDEX_VERSION = 3  # of the index on disk
+BESIDE_IMAGES = "_annotations.coco.json"  # the name under which Roboflow puts it among a split's images
 FEATURES = Features(
     {
         "image_id": Value("int64"),
@@ -77,12 +79,18 @@ class ImageFiles:
         return (self.images / name for name in self.index["file_name"])
 
 
-def open_coco(root: Path, split: str, labelled: bool = True, keep_bad: bool = False) -> Source:
-    """The split of `root/annotations/instances_<split>.json`, its images in `root/<split>/` or `root/images/<split>/`.
+def is_coco(root: Path, split: str) -> bool:
+    """Whether `open_coco` is what reads this folder."""
+    return (root / "annotations").is_dir() or (root / split / BESIDE_IMAGES).is_file()
 
-    Boxes without area (or outside their image) stay in the ground truth but give no label in training, and boxes that
-    reach beyond their image are cut; both are counted in a warning. A missing `area` is that of the box, a missing
-    `iscrowd` is 0.
+
+def open_coco(root: Path, split: str, labelled: bool = True, keep_bad: bool = False) -> Source:
+    """The split of `root/annotations/instances_<split>.json`, or of `root/<split>/_annotations.coco.json`.
+
+    File names begin in the first of `root/<split>/`, `root/images/<split>/`, `root/images/` and `root` that has the
+    first image. Boxes without area (or outside their image) stay in the ground truth but give no label in training,
+    and boxes that reach beyond their image are cut; both are counted in a warning. A missing `area` is the box's own,
+    a missing `iscrowd` is 0.
 
     Args:
         labelled: False takes the images alone: annotations and categories are not read and need not be there, and
@@ -94,11 +102,11 @@ def open_coco(root: Path, split: str, labelled: bool = True, keep_bad: bool = Fa
         UserError: a file or folder is missing, or an annotation is wrong; the line names it.
     """
     kinds = ("instances_",) if labelled else ("instances_", "image_info_")
-    files = [root / "annotations" / f"{kind}{split}.json" for kind in kinds]
+    files = [root / "annotations" / f"{kind}{split}.json" for kind in kinds] + [root / split / BESIDE_IMAGES]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         splits = {p.stem.removeprefix(kind) for kind in kinds for p in files[0].parent.glob(f"{kind}*.json")}
-        names = " or ".join(map(str, files))
+        names = " or ".join(map(str, files[:-1]))
         raise UserError(f"{names} does not exist; splits of {root}: {', '.join(sorted(splits)) or 'none'}")
     stat = file.stat()
     key = digest(INDEX_VERSION, str(file.resolve()), stat.st_size, stat.st_mtime_ns)
@@ -129,14 +137,14 @@ def open_coco(root: Path, split: str, labelled: bool = True, keep_bad: bool = Fa
 
 
 def _image_folder(root: Path, split: str, file_name: str) -> Path:
-    folders = [root / split, root / "images" / split]
+    folders = [root / split, root / "images" / split, root / "images", root]
     for folder in folders:
         if (folder / file_name).is_file():
             return folder
-    for folder in folders:
+    for folder in folders[:2]:
         if folder.is_dir():
             return folder  # the reader names each image that is missing
-    raise UserError(f"no images of split {split!r}: neither {folders[0]} nor {folders[1]} is a folder")
+    raise UserError(f"no images of split {split!r}: {file_name} is in none of {', '.join(map(str, folders))}")
 
 
 def read_images(file: Path) -> tuple[list[dict[str, Any]], list[int], list[str]]:
@@ -212,7 +220,8 @@ def _build_index(file: Path, folder: Path, labelled: bool) -> None:
         why = f"{its[0]} is of image {image_id}, which is not in the file{others}"
         faults.append(Fault("annotation", image_id, None, why))
     columns = {name: [row[name] for row in rows.values()] for name in FEATURES}
-    datasets.Dataset.from_dict(columns, features=FEATURES).save_to_disk(str(folder / "rows"))
+    with _without_bars():
+        datasets.Dataset.from_dict(columns, features=FEATURES).save_to_disk(str(folder / "rows"))
     about = {
         "class_names": names,
         "category_ids": ids,
@@ -221,6 +230,18 @@ def _build_index(file: Path, folder: Path, labelled: bool) -> None:
         "sha256": hashlib.sha256(raw).hexdigest(),
     }
     (folder / "about.json").write_text(json.dumps(about))
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Within, `datasets` shows no progress of its own: an index is written in a moment."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _image_rows(images: list, file: Path) -> tuple[dict[int, dict], list[Fault]]:

@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..registry import nearest
 from .cache import build_once, cache_root, digest
 from .check import leave_out
-from .coco import open_coco
+from .coco import is_coco, open_coco
 from .config import DataConfig
 from .folder import open_images
 from .mixture import mark_unlabelled, mix
@@ -70,7 +70,7 @@ def open_unlabelled(source: str, keep_bad: bool = False) -> Source:
     name, _, split = (source, "", "") if is_folder else source.partition("#")
     split = split or "train"
     try:
-        if is_folder and not (folder / "annotations").is_dir() and not holds_split(folder, split):
+        if is_folder and not is_coco(folder, split) and not holds_split(folder, split):
             return open_images(folder)
         return _open(name, split, None, labelled=False, keep_bad=keep_bad)
     except UserError as error:
@@ -84,7 +84,7 @@ def _open(source: str, split: str, box_format: str | None, labelled: bool, keep_
     if source == "shapes" or source.startswith("shapes?"):
         return _open_shapes(source, split, labelled)
     path = Path(source).expanduser()
-    if (path / "annotations").is_dir():
+    if is_coco(path, split):
         return open_coco(path, split, labelled, keep_bad)
     if path.is_file():
         raise UserError(f"source {source!r} is a file: name the folder of the data set")

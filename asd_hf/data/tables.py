@@ -137,8 +137,9 @@ def _open_folder(folder: Path, split: str, labelled: bool) -> Raw:
                 raw.fingerprint = digest([shard["sha256"] for shard in manifest["shards"]])
             return raw
     raise UserError(
-        f"{folder} holds no split {split!r}: looked for annotations/instances_{split}.json, a data set saved with "
-        f"save_to_disk, and {split}-*, data/{split}-* or {split}/* with .parquet or .tar"
+        f"{folder} holds no split {split!r}: looked for annotations/instances_{split}.json, "
+        f"{split}/_annotations.coco.json, a data set saved with save_to_disk, and {split}-*, data/{split}-* or "
+        f"{split}/* with .parquet or .tar"
     )
 
 
