@@ -131,6 +131,14 @@ def test_ids_without_annotations_and_what_the_table_counts(detector, tmp_path, c
     }
 
 
+def test_a_threshold_that_no_box_reaches_is_said(detector, tmp_path, capsys):
+    write_images(tmp_path / "photos", tiny_rows(2))
+    out = tmp_path / "out"
+    assert predict(tmp_path / "photos", "--model", detector, "--output", out, "--threshold", 1) == 0
+    best = max(row["score"] for row in read(out)[0])
+    assert f"no box scores 1 or more, the best scores {best:.2f}: see --threshold" in capsys.readouterr().out
+
+
 def test_chosen_classes_keep_the_models_ids(detector, tmp_path):
     write_images(tmp_path / "photos", tiny_rows(3))
     for out, options in (("all", []), ("two", ["--classes", "Cat, dog"])):

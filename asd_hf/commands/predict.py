@@ -124,7 +124,7 @@ def predict(args: argparse.Namespace) -> int:
 
     threads = default_threads()
     prepare, faults, frames, start = preprocessing(adapter.processor), 0, 0, perf_counter()
-    objects, images = Counter(), Counter()  # by class index
+    objects, images, best = Counter(), Counter(), 0.0  # by class index; the best score
     moving = any(file.path.suffix.lower() in MOVING for file in files)
     try:
         with (
@@ -154,13 +154,17 @@ def predict(args: argparse.Namespace) -> int:
                 labels = _above(one, args.threshold)[:, 5].astype(int).tolist()
                 objects.update(labels)
                 images.update(set(labels))
+                best = max(best, one.rows[:, 4].max(initial=0))
                 frames += 1
                 bar.update()
     except OSError as error:
         raise UserError(f"{args.output} cannot be written: {error.strerror or error}") from error
     seconds = perf_counter() - start
     rows = [(predictor.class_names[i], f"{count:,}", f"{images[i]:,}") for i, count in objects.most_common()]
-    print(_table([("class", "objects", "images"), *rows]))
+    if rows:
+        print(_table([("class", "objects", "images"), *rows]))
+    else:
+        print(f"no box scores {args.threshold:g} or more, the best scores {best:.2f}: see --threshold")
     written = f"{PREDICTIONS} and {IMAGES}" if args.no_pictures else f"{PREDICTIONS}, {IMAGES} and {PICTURES}"
     print(f"{frames:,} images, {frames / seconds:.1f} a second; {written} are in {args.output}")
     if faults:
