@@ -34,7 +34,7 @@ It is an ordinary Transformers checkpoint; {needs}
 {imports}from transformers import pipeline
 
 detect = pipeline("object-detection", model={model_id})
-for found in detect("http://images.cocodataset.org/val2017/000000039769.jpg", threshold=0.3):
+for found in detect("photo.jpg", threshold=0.3):
     print(found["label"], round(found["score"], 2), found["box"])
 ```
 {more_files}
@@ -260,7 +260,7 @@ def _limits(student_info: dict, dataset: dict[str, str | None], protocol: dict |
 
 def _costs(training: dict) -> str:
     ranks = f"{training['ranks']} x " if training["ranks"] > 1 else ""
-    text = f"{training['steps']:,} steps of {training['images']:,} images in all"
+    text = f"{training['steps']:,} steps, {training['images']:,} images in all"
     if training["train_images"]:
         text += (
             f" ({training['images'] / training['train_images']:.1f} times the {training['train_images']:,} there are)"

@@ -12,7 +12,7 @@ from accelerate.utils import TorchDynamoPlugin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, PreTrainedModel
+from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from . import stopping
@@ -35,6 +35,7 @@ from .methods import CombinedMethod, DistillationMethod
 from .norms import SameStatistics
 from .pace import Pace
 from .phases import Stopwatch, phase
+from .progress import TrainingBar
 from .resumable import ResumableTrainer
 from .streams import SideStream
 from .student import SELF_TAUGHT
@@ -120,6 +121,8 @@ class DistillationTrainer(ResumableTrainer):
             processing_class=student.processor,
             **kwargs,
         )
+        if self.pop_callback(ProgressCallback) is not None:  # not in a notebook, which has its own
+            self.add_callback(TrainingBar)
         if args.world_size > 1:
             self.add_callback(SameStatistics(student.model))  # before the moving average
         self.ema: EMACallback | None = None

@@ -194,7 +194,7 @@ def test_a_card_tells_limits_costs_gain_and_licence(tmp_path):
     ).text
     assert "on the split `train2017` of COCO and finds what belongs to its classes alone: cat, traffic light." in text
     assert "64 x 96 (height x width)" in text and "split `val2017` of COCO alone: not on other" in text
-    assert "1,500 steps of 24,000 images in all (4.0 times the 6,000 there are) on 2 x a GPU" in text
+    assert "1,500 steps, 24,000 images in all (4.0 times the 6,000 there are) on 2 x a GPU" in text
     assert "which took 2:02:06 (h:mm:ss)" in text
     assert "### Gain over no distillation\n\n**+3.4 AP**\n" in text
     assert "```bash\nasd-hf evaluate --model user/student\n```" in text

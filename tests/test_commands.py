@@ -151,7 +151,8 @@ def test_the_command_of_the_card_gives_the_numbers_of_the_training_run(trained, 
     command = (folder / "README.md").read_text().split("```bash\n")[1].split("\n```")[0]
     program, *arguments = shlex.split(command)
     assert program == "asd-hf"
-    run("-m", "asd_hf.commands", *arguments, "--output", out, "--predictions", results, cwd=world)
+    done = run("-m", "asd_hf.commands", *arguments, "--output", out, "--predictions", results, cwd=world)
+    assert f"are in {out}" in done.stderr and "Loading weights" not in done.stderr
     numbers, known = json.loads(out.read_text()), json.loads((folder / "metrics.json").read_text())["student"]
     assert {s: numbers[s] for s in STATS} == {s: known[s] for s in STATS}
     assert numbers["protocol"]["resolution"] == {"height": 96, "width": 96}

@@ -110,7 +110,7 @@ def test_a_push_is_one_commit_of_the_files_of_the_dry_run(hub, run, tmp_path, ca
     dry = tmp_path / "dry"
     push(run, "--repo", NAME, "--dry-run", dry)
     shown = capsys.readouterr().out
-    assert not hub.requests
+    assert not hub.requests and "the same command without --dry-run" in shown
     files = contents(dry)
     assert files.keys() == STUDENT | {"onnx/model.onnx", "onnx/parity.json"}
     for name, content in files.items():
@@ -127,6 +127,16 @@ def test_a_push_is_one_commit_of_the_files_of_the_dry_run(hub, run, tmp_path, ca
     assert TOKEN not in out + shown + "".join(map(str, files.values()))
     loaded = AutoModelForObjectDetection.from_pretrained(dry)
     assert loaded.num_parameters() == AutoModelForObjectDetection.from_pretrained(run).num_parameters()
+
+
+def test_a_folder_whose_name_the_hub_would_refuse_asks_for_another(hub, run, tmp_path, capsys):
+    named = run.rename(tmp_path / "my run")
+    for options in ([], ["--dry-run", tmp_path / "dry"]):
+        push(named, *options, code=2)
+        assert (
+            "without --repo the folder gives the name, and 'my run' is no name on the Hub" in capsys.readouterr().err
+        )
+    assert not hub.requests and not (tmp_path / "dry").exists()
 
 
 def test_the_card_of_a_run(hub, run, tmp_path):

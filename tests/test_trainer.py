@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -158,6 +159,30 @@ def test_gradient_norms_are_those_at_the_predictions():
     assert out.gradient_cosine.item() == pytest.approx(cosine.item(), abs=1e-5) and abs(cosine) > 1e-3
     assert {name: out.gradient_norms[name].item() for name in expected} == pytest.approx(expected, rel=1e-4)
     assert out.gradient_norms["asd_sampling"] == 0 < out.gradient_norms["asd_box"]
+
+
+def test_the_terminal_shows_the_log_as_a_table(shapes, tmp_path, capsys):
+    steps = {"max_steps": 3, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": False}
+    trainer = make_trainer(shapes, tmp_path, ema_decay=0.5, eval_strategy="steps", eval_steps=2, **steps)
+    trainer.train()
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    (header,) = [line for line in lines if "distillation" in line]
+    shown = [line.split() for line in lines if re.match(r" +\d+ +\d+\.\d\d ", line)]
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [row[0] for row in shown] == ["1", "2", "3"] and len(header) <= 80
+    for row, entry in zip(shown, logged, strict=True):
+        cells = dict(zip(header.split(), row, strict=True))
+        assert float(cells["loss"]) == pytest.approx(entry["loss"], abs=1e-3)
+        asd = sum(value for name, value in entry.items() if name.startswith("loss/asd_"))
+        assert float(cells["distillation"]) == pytest.approx(asd, abs=1e-3) and asd > 0
+        assert float(cells["detection"]) == pytest.approx(entry["loss"] - asd, abs=2e-3)
+        assert cells["share"] == f"{entry['distillation_gradient_share']:.0%}"
+        assert float(cells["rate"]) == pytest.approx(entry["learning_rate"], rel=0.1)
+    evaluated = next(entry for entry in trainer.state.log_history if "eval_AP" in entry)
+    text = "\n".join(lines)
+    for name, key in (("student", "eval_AP"), ("moving average", "eval_ema_AP")):
+        numbers = f"     2  {name}: AP {100 * evaluated[key]:.1f}, AP50 {100 * evaluated[key + '50']:.1f}, "
+        assert numbers in text
 
 
 def test_the_log_says_where_the_time_of_a_step_goes(shapes, tmp_path, caplog):

@@ -6,6 +6,8 @@ import os
 import sys
 from importlib import import_module
 
+from transformers.utils.logging import disable_progress_bar
+
 from ..errors import UserError
 from ..progress import QUIET
 from ..ranks import heard
@@ -44,6 +46,7 @@ def run(command: str, argv: list[str] | None = None) -> int:
     if "--quiet" in argv:
         argv.remove("--quiet")
         os.environ[QUIET] = "1"
+    disable_progress_bar()  # Transformers' own, of every checkpoint read and written; Trainer's and ours stay
     try:
         with handled(), heard():
             main = import_module(f".{command.replace('-', '_')}", __name__).main

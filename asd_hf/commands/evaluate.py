@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -11,7 +12,10 @@ from ..config import parse_overrides
 from ..data import DataConfig, DetectionStream, RowTransform, build_loader, open_source, resize_options, resize_spec
 from ..errors import UserError
 from ..evaluation import TOP_K, evaluate_detector, format_table, milliseconds_per_image
+from ..progress import show_logs
 from ..student import load_teacher, prompt_teacher
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> None:
@@ -53,6 +57,7 @@ def class_pair(text: str) -> tuple[str, str]:
 def evaluate(args: argparse.Namespace) -> dict:
     """Evaluates as `args` says and returns what it writes to `args.output`."""
     state = PartialState()
+    show_logs(state.process_index)
     config = parse_overrides(DataConfig, {}, "data", args.overrides)
     if config.bad_rows != "raise":
         raise UserError("data.bad_rows has no use here: evaluation leaves no image out")
@@ -98,6 +103,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         print(format_table({args.model: numbers}))
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(numbers, indent=2) + "\n")
+        logger.info("all numbers, those of each class too, are in %s", args.output)
         if args.predictions is not None:
             args.predictions.parent.mkdir(parents=True, exist_ok=True)
             args.predictions.write_text(json.dumps(evaluator.predictions()))

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
 
 import yaml
@@ -61,6 +60,7 @@ def main(argv: list[str]) -> None:
     show_logs(rank=0)
     run = read_run(args.run)
     name = args.repo or run.name
+    _check_name("without --repo the folder gives the name, and", name)
     options = {
         "license": args.license,
         "allowed": args.allow_license,
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
             files = space_files(name, _license(shared))
             write_files(files, folder)
             print(f"\n{_table(files, f'the files of its Space, as they are in {folder}')}")
-        print(f"\nnothing was sent; without --dry-run: asd-hf push {shlex.quote(str(args.run))} --repo {name}")
+        print("\nnothing was sent: the same command without --dry-run sends these files")
         return
     shared, pushed = push_run(run, name, args.private or None, **options)
     repo_id = pushed.repo_id

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -81,7 +82,8 @@ def train(run: RunConfig) -> dict:
             finished = read_run(Path(args.output_dir))
             make_card(finished, finished.name).save(Path(args.output_dir) / "README.md")
         print(f"student, metrics.json, model card and configuration are in {args.output_dir}")
-        print(f"next: asd-hf report {args.output_dir}, or asd-hf push {args.output_dir}")
+        folder = shlex.quote(args.output_dir)
+        print(f"next: asd-hf report {folder}, or asd-hf push {folder}")
         if push:
             shared, pushed = push_run(finished, finished.name, args.hub_private_repo)
             print("\n".join([*(f"note: {remark}" for remark in shared.remarks), str(pushed)]))
