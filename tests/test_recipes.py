@@ -26,6 +26,7 @@ STAND_INS = {
     "outputs/bench/shapes_hard_teacher": "deformable_detr",
     "outputs/deformable_detr/none_r101": "deformable_detr",
     "outputs/shapes/rt_detr_teacher": "rt_detr",
+    "outputs/street_teacher": "rt_detr",
     "ustc-community/dfine-small-coco": "d_fine",
     "ustc-community/dfine-xlarge-coco": "d_fine",
 }
@@ -40,8 +41,9 @@ def stand_ins(tmp_path_factory):
         processor.save_pretrained(root / name)
     write_coco(root / "coco", "train2017", tiny_rows(64))
     write_coco(root / "coco", "val2017", tiny_rows(4))
-    write_coco(root / "bccd", "train", tiny_rows(64))
-    write_coco(root / "bccd", "val", tiny_rows(4))
+    for name in ("bccd", "street"):
+        write_coco(root / name, "train", tiny_rows(64))
+        write_coco(root / name, "val", tiny_rows(4))
     write_images(root / "coco" / "unlabeled2017", tiny_rows(4, first_id=500))
     return root
 
