@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import random
+import re
 import struct
 import zlib
 from dataclasses import replace
@@ -220,6 +221,17 @@ def test_a_bad_row_of_a_coco_folder(tmp_path, capsys, name):
     assert [fault.kind for fault in source.faults if fault.kind != "annotation"] == [kind]
     good = [row["image_id"] for row in ROWS if row is not BAD]
     assert list(samples(source)) == good and source.num_rows == len(good) == len(ROWS) - 1
+
+
+def test_the_objects_of_each_class_are_counted(tmp_path, capsys):
+    root = broken(tmp_path / "coco", lambda folder, _: (folder / FILE).write_bytes(b""))
+    write_coco(root, "val", ROWS)
+    _, out = checked(capsys, root)
+    for split, rows in (("train", [row for row in ROWS if row is not BAD]), ("val", ROWS)):
+        names = [NAMES[category] for row in rows for category in row["category"]]
+        (line,) = re.findall(rf"{split}: .*\n  ({len(names)} objects: .*)", out)
+        for name in NAMES:
+            assert f" {name} {names.count(name)}" in line
 
 
 @pytest.mark.parametrize("name", SOUND)

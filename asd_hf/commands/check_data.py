@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..progress import show_logs
 
 EXAMPLES = 3  # of each kind, shown
+MOST_CLASSES = 20  # shown
 
 
 def main(argv: list[str]) -> int:
@@ -64,7 +65,7 @@ def _check(opener: Callable[[], Source], max_boxes: int | None, workers: int | N
 def format_report(report: Report) -> str:
     """A table for the terminal: how many of each kind, the first of them, what to do."""
     faults, notes = Counter(fault.kind for fault in report.faults), report.notes
-    lines = [f"{len(report.faults):,} of {report.num_rows:,} rows are bad"]
+    lines = [f"{len(report.faults):,} of {report.num_rows:,} rows are bad", *_objects(report)]
     rows = [(kind, count, "bad", report.faults, REMEDIES) for kind, count in faults.items()]
     rows += [(kind, count, "note", report.examples, NOTES) for kind, count in notes.items()]
     for kind, count, verdict, examples, texts in rows:
@@ -72,6 +73,17 @@ def format_report(report: Report) -> str:
         shown = [example for example in examples if example.kind == kind][:EXAMPLES]
         lines += [f"{'':17}  {_describe(example)}" for example in shown]
     return "\n".join(lines)
+
+
+def _objects(report: Report) -> list[str]:
+    """How many there are of each class, the most frequent first; nothing of images without labels."""
+    if not report.objects:
+        return []
+    frequent = Counter(report.objects).most_common()
+    shown = [f"{name} {count:,}" for name, count in frequent[:MOST_CLASSES]]
+    if len(frequent) > MOST_CLASSES:
+        shown.append(f"{len(frequent) - MOST_CLASSES} classes with fewer")
+    return [f"  {sum(report.objects.values()):,} objects: {', '.join(shown)}"]
 
 
 def _describe(example: Fault) -> str:

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -32,7 +32,7 @@ from .transforms import check_boxes, decode, orientation
 
 logger = logging.getLogger(__name__)
 
-CHECK_VERSION = 1  # of the reports on disk
+CHECK_VERSION = 2  # of the reports on disk
 EXAMPLES = 5  # of each note, kept
 LEFT_OUT = "skipped_rows.jsonl"
 
@@ -43,7 +43,8 @@ class Report:
 
     `num_rows` counts the bad rows too. `places` has the (shard, position in it, image id) of each row that the stream
     gives and that must be left out; `faults` has these, and before them those that were known before reading. `notes`
-    counts boxes and images by kind, `examples` names the first of each.
+    counts boxes and images by kind, `examples` names the first of each. `objects` counts those of each class, of the
+    rows that are good.
     """
 
     num_rows: int
@@ -51,6 +52,7 @@ class Report:
     places: list[tuple[int, int, int | None]]
     notes: dict[str, int]
     examples: list[Fault]
+    objects: dict[str, int]
 
 
 def check_source(
@@ -227,7 +229,7 @@ def _stat(path: Path) -> tuple[int, int] | None:
 
 def _read_all(source: Source, max_boxes: int | None, workers: int, progress: bool) -> Report:
     known = len(source.faults)
-    report = Report(known, list(source.faults), [], {}, [])
+    report = Report(known, list(source.faults), [], {}, [], dict.fromkeys(source.class_names, 0))
     seen: dict[int, int] = {}  # image id -> its row
     with (
         ThreadPoolExecutor(workers) as pool,
@@ -235,7 +237,7 @@ def _read_all(source: Source, max_boxes: int | None, workers: int, progress: boo
     ):
         for shard in range(source.stream.num_shards):
             found = ahead(pool, partial(_examine, max_boxes=max_boxes), _shard(source.stream, shard), 4 * workers)
-            for position, (image_id, file, fault, notes) in enumerate(found):
+            for position, (image_id, file, fault, notes, classes) in enumerate(found):
                 if fault is None and image_id in seen:
                     why = f"image {image_id} ({file or 'no file name'}) has the id of row {seen[image_id]}"
                     fault = Fault("image id", image_id, file, why)
@@ -246,6 +248,8 @@ def _read_all(source: Source, max_boxes: int | None, workers: int, progress: boo
                     report.places.append((shard, position, image_id))
                     continue
                 seen[image_id] = report.num_rows - known - 1
+                for index in classes:
+                    report.objects[source.class_names[index]] += 1
                 for kind, count in notes.items():
                     if sum(example.kind == kind for example in report.examples) < EXAMPLES:
                         report.examples.append(Fault(kind, image_id, file, f"{count} x {kind}"))
@@ -253,19 +257,22 @@ def _read_all(source: Source, max_boxes: int | None, workers: int, progress: boo
     return report
 
 
-def _examine(row: dict[str, Any], max_boxes: int | None) -> tuple[int | None, str | None, Fault | None, Counter]:
-    """(image id, file, fault, number of boxes or images under each note) of one row."""
+def _examine(
+    row: dict[str, Any], max_boxes: int | None
+) -> tuple[int | None, str | None, Fault | None, Counter, Sequence[int]]:
+    """(image id, file, fault, number of boxes or images under each note, classes of the objects) of one row."""
     if (fault := row.get("fault")) is not None:
-        return fault.image_id, fault.file, fault, Counter()
+        return fault.image_id, fault.file, fault, Counter(), ()
     image_id, image = row["image_id"], row["image"]
     try:
         check_boxes(row, max_boxes)
         height, width = decode(row).shape[-2:]
     except BadRow as error:
-        return image_id, image["path"], Fault(error.kind, image_id, image["path"], str(error)), Counter()
-    notes = Counter()
+        return image_id, image["path"], Fault(error.kind, image_id, image["path"], str(error)), Counter(), ()
+    notes, classes = Counter(), ()
     if orientation(image) != 1:
         notes["EXIF orientation"] += 1
     if row["objects"] is not None:
         notes.update(filter(None, (box_note(box, width, height) for box in row["objects"]["bbox"])))
-    return image_id, image["path"], None, notes
+        classes = row["objects"]["category"]
+    return image_id, image["path"], None, notes, classes

@@ -50,7 +50,7 @@ def _row(label: str, key: str, numbers: dict[str, dict], others: Sequence[str]) 
             cells.append(Cell("-"))
             continue
         difference = 100 * (values[STUDENT] - values[name])
-        cells.append(Cell(f"{difference:+.1f}", difference, _mark(difference)))
+        cells.append(Cell(f"{difference:+z.1f}", difference, _mark(difference)))
     return cells
 
 
