@@ -359,7 +359,8 @@ def measure_steps(parts: Parts, trainer: DistillationTrainer, num_steps: int) ->
         memory = f"at most {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB of the GPU"
     else:
         memory = f"{clock.memory / 2**30:.1f} GiB of main memory, loader workers not counted"
-    whole = f"{planned} steps: {planned * seconds / 3600:.1f} h, evaluations not counted"
+    hours = planned * seconds / 3600
+    whole = f"{planned} steps: {f'{hours:.1f} h' if hours >= 1 else f'{60 * hours:.1f} min'}, evaluations not counted"
     images = args.per_device_train_batch_size * args.gradient_accumulation_steps
     return [
         Finding("time", OK, f"{1e3 * seconds:.0f} ms a step of {images} images a rank on {device.type}; {whole}"),
@@ -424,6 +425,8 @@ def _knob(parts: Parts, term: str) -> tuple[str, float | None]:
         # Losses are named by the method's file, "channel_wise" of "channel_wise:ChannelWise".
         part = term.removeprefix(type(config).__module__.rpartition(".")[2] + "_")
         if part != term and config.term_weight(part) is not None:
-            key = f"{part}_weight"
-            return f"method.{key}" if len(methods) == 1 else f"method.{name}.{key}", config.term_weight(part)
+            key = config.term_knob(part)
+            value = getattr(config, key)
+            value = config.term_weight(part) if value is None else value  # its default depends on another
+            return f"method.{key}" if len(methods) == 1 else f"method.{name}.{key}", value
     return "", None

@@ -73,7 +73,10 @@ class _AboveBars(logging.StreamHandler):
     """Writes to stderr, and a bar that is there moves down a line."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        auto.tqdm.write(self.format(record), file=self.stream)
+        try:
+            auto.tqdm.write(self.format(record), file=self.stream)
+        except Exception:  # as every handler: a log that cannot be written ends nothing
+            self.handleError(record)
 
 
 def show_logs(rank: int) -> None:

@@ -98,6 +98,13 @@ class ResumableTrainer(Trainer):
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                     callback.training_bar.close()  # what is said of the end stands on a line of its own
+        if self.state.global_step > self.state.max_steps:
+            logger.warning(
+                "%s has %d steps, more than the %d of this run: nothing was trained",
+                resume_from_checkpoint,
+                self.state.global_step,
+                self.state.max_steps,
+            )
         if text := summary(source):
             logger.info("training data: %s", text)
         return output

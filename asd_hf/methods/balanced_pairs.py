@@ -73,10 +73,15 @@ class BalancedPairsConfig(MethodConfig):
             raise UserError("method.pair_weight and method.asked_weight are both 0: give one a value")
 
     def term_weight(self, term: str) -> float | None:
+        if (knob := self.term_knob(term)) in ("asked_weight", "pair_weight"):
+            return getattr(self, knob) * super().term_weight(term.removeprefix("asked_"))
+        return super().term_weight(term)
+
+    def term_knob(self, term: str) -> str:
         group, _, distance = term.rpartition("_")
         if distance in ("class", "box", "giou"):
-            return (self.asked_weight if group == "asked" else self.pair_weight) * super().term_weight(distance)
-        return super().term_weight(term)
+            return "asked_weight" if group == "asked" else "pair_weight"
+        return super().term_knob(term)
 
 
 class BalancedPairs(DistillationMethod):

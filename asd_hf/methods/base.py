@@ -51,6 +51,10 @@ class MethodConfig:
         """
         return getattr(self, f"{term}_weight", None)
 
+    def term_knob(self, term: str) -> str:
+        """The knob that scales the loss `<method>_<term>`, and others perhaps."""
+        return f"{term}_weight"
+
     def require_positive(self, *names: str) -> None:
         """Raises a `UserError` for the first of these knobs that is not above 0."""
         for name in names:
