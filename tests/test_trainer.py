@@ -210,7 +210,7 @@ def test_the_log_says_where_the_time_of_a_step_goes(shapes, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resume_in_mid_epoch_is_bit_equal(shapes, tmp_path, workers):
+def test_resume_in_mid_epoch_is_bit_equal(shapes, tmp_path, workers, caplog):
     options = {
         "ema_decay": 0.9,
         "max_steps": 10,
@@ -234,6 +234,9 @@ def test_resume_in_mid_epoch_is_bit_equal(shapes, tmp_path, workers):
     shutil.copytree(tmp_path / "a" / "checkpoint-10", tmp_path / "c" / "checkpoint-10")
     finished.train(resume_from_checkpoint=True)
     assert_equal(weights(unbroken), weights(finished))
+    assert "nothing was trained" not in caplog.text
+    make_trainer(shapes, tmp_path / "c", **options | {"max_steps": 6}).train(resume_from_checkpoint=True)
+    assert "checkpoint-10 has 10 steps, more than the 6 of this run: nothing was trained" in caplog.text
 
 
 def test_each_epoch_has_every_image_once_in_another_order(shapes, tmp_path):
