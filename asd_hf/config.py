@@ -19,10 +19,12 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from .data import DataConfig
 from .errors import UserError
+from .evaluation import STATS
 from .hub import secret_of
 from .methods import METHODS, MethodConfig, get_method
 from .registry import nearest
@@ -30,6 +32,7 @@ from .student import ModelConfig
 
 SECTIONS = ("model", "data", "method", "training")
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: bytes that are not UTF-8, a date like 2026-13-01
+COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 NO_METHOD = "none"  # plain training, without a teacher
 SHARDED = {
     "fsdp": "FSDP",
@@ -121,10 +124,24 @@ class TrainingConfig(TrainingArguments):
             )
         if self.early_stopping_patience and self.eval_strategy == IntervalStrategy.NO:
             raise UserError("training.early_stopping_patience needs evaluations: set training.eval_strategy")
-        if self.max_bad_steps < 1:
-            raise UserError(f"training.max_bad_steps must be 1 or more, not {self.max_bad_steps}")
+        for name in ("max_bad_steps", *COUNTS):
+            if getattr(self, name) < 1:
+                raise UserError(f"training.{name} must be 1 or more, not {getattr(self, name)}")
+        if not self.learning_rate >= 0:
+            raise UserError(f"training.learning_rate must be 0 or more, not {self.learning_rate}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"training.seed must be in [0, 2^32), not {self.seed}")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"training.ema_decay must be in [0, 1), not {self.ema_decay}")
+        if self.metric_for_best_model is not None:
+            metrics = [*STATS, *(f"ema_{name}" for name in STATS if self.ema_decay)]
+            if (name := self.metric_for_best_model.removeprefix("eval_")) not in metrics:
+                raise UserError(f"training.metric_for_best_model {name!r} is unknown: {nearest(name, metrics)}")
+        for name in self.report_to:
+            if name not in INTEGRATION_TO_CALLBACK:
+                raise UserError(f"training.report_to {name!r} is unknown: {nearest(name, INTEGRATION_TO_CALLBACK)}")
+            if name not in get_available_reporting_integrations():
+                raise UserError(f"training.report_to is {name}, which is not installed: pip install {name}")
         for name in ("use_liger_kernel", "auto_find_batch_size", "label_smoothing_factor", "neftune_noise_alpha"):
             if getattr(self, name):
                 raise UserError(f"training.{name} does not apply to detection: remove it")

@@ -43,7 +43,7 @@ class DetectionStream(IterableDataset):
         num_rows: read only this many rows, the first of the source; None for all.
 
     Raises:
-        UserError: there are fewer rows than one batch for each reader.
+        UserError: there are fewer rows than one batch for each reader, or no image in a batch.
     """
 
     def __init__(
@@ -64,6 +64,10 @@ class DetectionStream(IterableDataset):
         self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
         self.seed, self.shuffle, self.shuffle_buffer, self.drop_last = seed, shuffle, shuffle_buffer, drop_last
         self.num_rows = num_rows
+        if batch_size < 1 or num_workers < 0:
+            raise UserError(
+                f"batches of {batch_size} images by {num_workers} loader workers: 1 and 0 at least are needed"
+            )
         if shuffle and not drop_last:
             raise ValueError("a shuffled stream ends with whole batches: drop_last must be true")
         # In shared memory: a persistent worker keeps its copy of the stream from one epoch to the next
