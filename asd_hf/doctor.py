@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +20,7 @@ from .classes import short_list
 from .data import resize_spec, teacher_view
 from .detectors.base import DetectorAdapter, DetectorSpec
 from .errors import UserError
-from .progress import tqdm
+from .progress import terminal_width, tqdm
 from .trainer import DistillationTrainer, make_criterion
 
 logger = logging.getLogger(__name__)
@@ -310,11 +311,16 @@ def report(findings: list[Finding]) -> None:
 def format_findings(findings: list[Finding]) -> str:
     """A table for the terminal."""
     width = max(len(finding.topic) for finding in findings)
+    room = max(40, terminal_width() - width - 11)
     lines = []
     for finding in findings:
-        lines.append(f"{finding.topic:<{width}}  {finding.verdict:<7}  {finding.text}")
+        text = textwrap.wrap(finding.text, room) or [""]
         if finding.remedy:
-            lines.append(f"{'':<{width}}  {'':<7}  -> {finding.remedy}")
+            text += textwrap.wrap(f"-> {finding.remedy}", room, subsequent_indent="   ")
+        topic, verdict = finding.topic, finding.verdict
+        for line in text:
+            lines.append(f"{topic:<{width}}  {verdict:<7}  {line}")
+            topic = verdict = ""
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 
 from tqdm import auto
@@ -14,6 +15,11 @@ QUIET = "ASD_HF_QUIET"  # of the environment: processes that this one starts are
 
 def is_quiet() -> bool:
     return os.environ.get(QUIET, "") not in ("", "0")
+
+
+def terminal_width() -> int:
+    """Columns of the terminal; what goes elsewhere, into a file, is not folded."""
+    return shutil.get_terminal_size((10_000, 24)).columns
 
 
 class tqdm(auto.tqdm):
@@ -61,7 +67,7 @@ def _cells(logs: dict[str, float]) -> dict[str, str]:
         cells |= {"detection": f"{detection:.3f}", "distillation": f"{sum(terms.values()) - detection:.3f}"}
     columns = {
         "share": ("distillation_gradient_share", ".0%"),
-        "gradient": ("grad_norm", ".3g"),
+        "gradient": ("grad_norm", ".2f"),
         "rate": ("learning_rate", ">7.1e"),
         "s/step": ("step_runtime", ">6.3f"),
         "bad steps": ("bad_steps", ""),

@@ -12,7 +12,7 @@ from asd_hf.build import Parts
 from asd_hf.commands import run
 from asd_hf.config import build_config, load_config
 from asd_hf.data import make_shapes
-from asd_hf.doctor import ADAPTED, CHECK, OK, REFUSED, check, report
+from asd_hf.doctor import ADAPTED, CHECK, OK, REFUSED, Finding, check, format_findings, report
 from asd_hf.errors import UserError
 from asd_hf.student import load_teacher
 from tests.tiny_data import tiny_rows, write_coco
@@ -246,6 +246,17 @@ def test_terms_of_several_methods_have_their_own_knobs(places, tmp_path, capsys)
     knobs = [row[2] for row in table.values() if len(row) > 3 and row[2].startswith("method.")]
     assert len(knobs) > 10 and load_config(file, knobs).methods == load_config(file).methods
     assert table["distillation"][2:] == ["-", "-"]
+
+
+def test_findings_are_folded_to_the_terminal(monkeypatch):
+    finding = Finding("input sizes", CHECK, "pixels " * 30, "another size, " * 6)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert len(format_findings([finding]).splitlines()) == 2
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = format_findings([finding]).splitlines()
+    assert len(lines) > 4 and max(map(len, lines)) <= 80 and all(line[20:].strip() for line in lines)
+    assert [line[:20].strip() for line in lines[1:]] == [""] * (len(lines) - 1)
+    assert " ".join(line[22:].strip() for line in lines) == f"{finding.text.strip()} -> {finding.remedy.strip()}"
 
 
 def test_batches_without_labels_have_no_gradient_ratio(places, tmp_path, capsys):

@@ -12,7 +12,7 @@ from PIL import Image
 from asd_hf.compare.pictures import draw_cost, draw_curves, draw_gains, draw_inside, make_scene
 from asd_hf.compare.records import load_runs, ranked
 from asd_hf.compare.render import render
-from asd_hf.compare.table import HEADER, table, time_to, to_markdown
+from asd_hf.compare.table import HEADER, fitted, table, time_to, to_markdown
 from asd_hf.compare.verdict import paired_difference
 from asd_hf.errors import UserError
 from asd_hf.evaluation import STATS
@@ -205,6 +205,15 @@ def test_a_markdown_table_is_aligned_and_its_cells_stay_whole():
         "| a\\|b      | 31.2 | better  |",
         "| two lines |    - | -       |",
     ]
+
+
+def test_a_table_is_folded_to_the_terminal():
+    rows = [["method", "AP", "a wide column", "verdict"], ["none", "31.2", "-", "better"]]
+    width = len(to_markdown(rows).split("\n")[0])
+    assert fitted(rows, width) == to_markdown(rows)
+    two = fitted(rows, width - 1).split("\n\n")
+    assert two == [to_markdown([row[:3] for row in rows]), to_markdown([[row[0], row[3]] for row in rows])]
+    assert len(fitted(rows, 1).split("\n\n")) == 3  # narrower than any: a column each
 
 
 BASE = [(100, 0.10), (200, 0.20), (400, 0.30)]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_intermixed_args(argv)
     baseline = NO_METHOD if args.baseline is None else args.baseline
     if args.render is not None:
-        print(render(args.render, baseline=baseline))
+        _show(args.render, baseline)
         return
     if args.config is None or args.variants is args.methods is None:
         raise UserError("compare needs --config and --variants or --methods; or --render")
@@ -81,9 +82,14 @@ def main(argv: list[str]) -> None:
         with advise(lambda: "started again, the command goes on where each run was"):
             failures = Schedule(missing, output, work, jobs).run()
     if holds_records(output):
-        print(render(output, baseline=baseline))
+        _show(output, baseline)
     if failures:
         raise UserError(f"{len(failures)} of {len(missing)} runs failed: {'; '.join(failures)}")
+
+
+def _show(folder: Path, baseline: str) -> None:
+    print(render(folder, baseline=baseline))
+    print(f"\ntables and pictures are in {folder}\nnext: asd-hf report --compare {shlex.quote(str(folder))}")
 
 
 def _check(plans: list[Plan]) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ..config import NO_METHOD
+from ..progress import terminal_width
 from .pictures import DPI, PICTURES, make_scene
 from .records import load_runs
-from .table import AFTER, DIFFERENCE, IMAGES_ALONE, VERDICT, table, to_markdown
+from .table import AFTER, DIFFERENCE, IMAGES_ALONE, VERDICT, fitted, table, to_markdown
 from .verdict import (
     BETTER,
     CONFIDENCE,
@@ -38,10 +39,8 @@ def render(folder: Path, out: Path | None = None, baseline: str = NO_METHOD) -> 
         UserError: the records cannot be read, see `load_runs`.
     """
     out = folder if out is None else out
-    tables = {}
     settings = load_runs(folder)
-    for setting, runs in settings.items():
-        tables[setting] = to_markdown(table(runs, baseline))
+    tables = {setting: table(runs, baseline) for setting, runs in settings.items()}
     out.mkdir(parents=True, exist_ok=True)
     for setting, runs in settings.items():
         scene = make_scene(setting, runs, baseline)
@@ -54,12 +53,12 @@ def render(folder: Path, out: Path | None = None, baseline: str = NO_METHOD) -> 
         lines = [
             f"# {setting}",
             _what(runs),
-            tables[setting],
+            to_markdown(tables[setting]),
             *links,
             _how_to_read(baseline, os.path.relpath(folder, out)),
         ]
         (out / f"{setting}.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
-    return "\n\n".join(f"{setting}\n\n{text}" for setting, text in tables.items())
+    return "\n\n".join(f"{setting}\n\n{fitted(rows, terminal_width())}" for setting, rows in tables.items())
 
 
 def _what(runs: Sequence[dict]) -> str:

@@ -138,6 +138,19 @@ def to_markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def fitted(rows: Sequence[Sequence[str]], width: int) -> str:
+    """As `to_markdown`; what is wider than `width` goes into further tables below, each with the first column."""
+    first, *others = (max(3, *map(len, column)) + 3 for column in zip(*rows, strict=True))
+    groups, used = [[0]], first + 1
+    for column, wide in enumerate(others, start=1):
+        if used + wide > width and len(groups[-1]) > 1:
+            groups.append([0])
+            used = first + 1
+        groups[-1].append(column)
+        used += wide
+    return "\n\n".join(to_markdown([[row[column] for column in group] for row in rows]) for group in groups)
+
+
 def _escaped(text: str) -> str:
     """So that it stays one cell."""
     return re.sub(r"([\\|])", r"\\\1", " ".join(text.split()))
