@@ -373,6 +373,8 @@ def _architecture(
     else:
         base = _load_config(name, "model.student.base")
     sizes = {name: getattr(config, name) for name in ("encoder_layers", "decoder_layers", "num_queries", "d_model")}
+    if config.num_queries is not None and config.num_queries < 1:
+        raise UserError(f"model.student.num_queries must be 1 or more, not {config.num_queries}")
     family = adapter_class(base.model_type)
     if family.open_vocabulary:
         raise UserError(f"a {base.model_type} can only be a teacher: set model.student.base to another architecture")

@@ -259,6 +259,7 @@ def test_other_families_follow_their_backbone_and_width():
         ),
         (StudentConfig(base="rf_detr", config={"backbone_config": {"model_type": "rf_detr_dinov2"}}), "out_indices"),
         (StudentConfig(base="rt_detr", config={"backbone_config": {"model_type": "resnet", "depths": 3}}), "no backb"),
+        (StudentConfig(base="detr", num_queries=0), "model.student.num_queries must be 1 or more, not 0"),
     ],
 )
 def test_bad_options_are_one_clear_line(config, message):
