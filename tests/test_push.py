@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForObjectDetection
 
-from asd_hf import commands
+from asd_hf import __version__, commands
 from asd_hf.compare.gain import gain
 from asd_hf.config import build_config
 from asd_hf.errors import UserError
@@ -219,9 +219,38 @@ def test_a_space_imports_the_demo_of_the_model(hub, run, tmp_path, capsys):
     metadata = yaml.safe_load(files["README.md"].decode().split("---")[1])
     assert metadata["sdk"] == "gradio" and metadata["app_file"] == "app.py" and metadata["models"] == [NAME]
     assert metadata["license"] == "mit"
-    (imported,) = [node for node in ast.walk(ast.parse(files["app.py"])) if isinstance(node, ast.ImportFrom)]
-    assert imported.module == "asd_hf.demo" and NAME in files["app.py"].decode()
-    assert files["requirements.txt"].decode().splitlines()[-1].startswith("asd-hf[demo]==")
+    assert ast.unparse(ast.parse(files["app.py"]).body[-1]) == f"launch(build_app('{NAME}'))"
+
+
+def test_the_requirement_of_a_space(run, tmp_path, capsys, monkeypatch):
+    """As this package was installed, or as it is given; where the Hub cannot reach it, a note."""
+
+    def requirement(*arguments) -> str:
+        shutil.rmtree(tmp_path / "dry_space", ignore_errors=True)
+        shutil.rmtree(tmp_path / "dry", ignore_errors=True)
+        push(run, "--space", "--dry-run", tmp_path / "dry", *arguments)
+        return (tmp_path / "dry_space" / "requirements.txt").read_text()
+
+    installed = tmp_path / "site" / "asd_hf-9.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: asd-hf\nVersion: 9\n")
+    monkeypatch.syspath_prepend(installed.parent)
+    release, note = f"asd-hf[demo]=={__version__}\n", "--requirement 'asd-hf[demo] @ ADDRESS'"
+    assert requirement() == release and note not in capsys.readouterr().out  # from an index
+    vcs = {"vcs": "git", "commit_id": "1a2b"}
+    for origin, wanted in (
+        ({"url": "https://host/asd_hf.git", "vcs_info": vcs}, "asd-hf[demo] @ git+https://host/asd_hf.git@1a2b\n"),
+        ({"url": "https://host/asd_hf.whl", "archive_info": {}}, "asd-hf[demo] @ https://host/asd_hf.whl\n"),
+        ({"url": "file:///home/me/asd_hf.whl", "archive_info": {}}, release),
+        ({"url": "file:///home/me/asd_hf", "dir_info": {"editable": True}}, release),
+    ):
+        (installed / "direct_url.json").write_text(json.dumps(origin))
+        assert requirement() == wanted
+        assert (note in capsys.readouterr().out) == (wanted == release)
+    assert requirement("--requirement", "asd-hf[demo]>=9") == "asd-hf[demo]>=9\n"
+    assert note not in capsys.readouterr().out
+    push(run, "--dry-run", tmp_path / "other", "--requirement", "asd-hf[demo]>=9", code=2)
+    assert "--requirement says something of --space" in capsys.readouterr().err
 
 
 def test_the_dry_run_overwrites_nothing(run, tmp_path, capsys):
