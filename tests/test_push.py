@@ -89,6 +89,7 @@ def export(run: Path) -> None:
     (run / "onnx").mkdir()
     (run / "onnx" / "model.onnx").write_bytes(b"graph" * 9)
     (run / "onnx" / "parity.json").write_text("{}")
+    (run / "onnx" / "notes.txt").write_text("private")
 
 
 def push(*arguments, code: int = 0) -> None:
@@ -104,6 +105,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_push_is_one_commit_of_the_files_of_the_dry_run(hub, run, tmp_path, capsys):
     export(run)
+    (run / "onnx" / "model.onnx.data").write_bytes(b"weights beyond 2 GB")
     (run / "_method.safetensors").write_bytes(b"private")
     (run / "checkpoint-1").mkdir()
     (run / "checkpoint-1" / "optimizer.pt").write_bytes(b"pickle")
@@ -112,7 +114,7 @@ def test_a_push_is_one_commit_of_the_files_of_the_dry_run(hub, run, tmp_path, ca
     shown = capsys.readouterr().out
     assert not hub.requests
     files = contents(dry)
-    assert files.keys() == STUDENT | {"onnx/model.onnx", "onnx/parity.json"}
+    assert files.keys() == STUDENT | {"onnx/model.onnx", "onnx/model.onnx.data", "onnx/parity.json"}
     for name, content in files.items():
         assert re.search(rf"  {re.escape(name)} +{len(content):,} bytes\n", shown)
         assert str(tmp_path).encode() not in content and b"private" not in content, name
@@ -144,9 +146,15 @@ def test_the_card_of_a_run(hub, run, tmp_path):
     assert values == {name: index + 1 for index, name in enumerate(STATS)}
 
 
-def test_the_name_of_a_run_is_made_whole_by_the_hub(hub, run):
+def test_the_name_of_a_run_is_made_whole_by_the_hub(hub, run, tmp_path, capsys):
+    push(run, "--dry-run", tmp_path / "dry")
+    assert "note: the card calls the student run: --repo OWNER/run would" in capsys.readouterr().out
     push(run)
     assert 'model="user/run"' in hub.repositories["user/run"].files["README.md"].decode()
+    file = run / "asd_hf.yaml"
+    file.write_text(file.read_text().replace("training:\n", "training:\n  hub_model_id: user/other\n"))
+    push(run)
+    assert 'model="user/other"' in hub.repositories["user/other"].files["README.md"].decode()
 
 
 def test_what_has_not_changed_is_no_second_commit(hub, run, capsys):
@@ -186,12 +194,14 @@ def test_sharded_weights_and_the_moving_average_are_shared(hub, run):
     AutoModelForObjectDetection.from_config(tiny.deformable_detr().config).save_pretrained(run, max_shard_size="100KB")
     shards = {file.name for file in run.glob("model-*.safetensors")}
     assert len(shards) > 1
+    export(run)
     tiny.deformable_detr(1).save_pretrained(run / "ema")
     tiny.processor().save_pretrained(run / "ema")
     push(run, "--repo", NAME)
     ema = {f"ema/{name}" for name in ("config.json", "model.safetensors", "preprocessor_config.json")}
     files = hub.repositories[NAME].files
-    assert files.keys() == STUDENT - {"model.safetensors"} | {"model.safetensors.index.json"} | shards | ema
+    onnx = {"onnx/model.onnx", "onnx/parity.json"}
+    assert files.keys() == STUDENT - {"model.safetensors"} | {"model.safetensors.index.json"} | shards | ema | onnx
     assert "`ema/` has the moving average" in files["README.md"].decode()
 
 
@@ -499,6 +509,8 @@ def test_the_configuration_may_name_the_licence(run, tmp_path):
     file.write_text(file.read_text().replace("training:\n", "training:\n  hub_license: bsd-3-clause\n"))
     push(run, "--dry-run", tmp_path / "dry")
     assert ModelCard.load(tmp_path / "dry" / "README.md").data.license == "bsd-3-clause"
+    push(run, "--license", "mit", "--dry-run", tmp_path / "other")
+    assert ModelCard.load(tmp_path / "other" / "README.md").data.license == "mit"
 
 
 # -- what the method is worth -----------------------------------------------------------------------------------------
