@@ -173,7 +173,7 @@ def test_mistakes_are_one_line(capsys, monkeypatch, tmp_path):
     for part in FAMILIES["grounding_dino"]():
         part.save_pretrained(tmp_path)
     assert run("shrink", [str(tmp_path), "--target-ms", "9"]) == 2
-    assert "a grounding_dino can only be a teacher" in capsys.readouterr().err
+    assert "a grounding-dino can only be a teacher" in capsys.readouterr().err
     assert run("shrink", ["shapes", "--target-ms", "0"]) == 2
     assert "--target-ms must be more than 0" in capsys.readouterr().err
     assert run("shrink", ["shapes", "--target-ms", "9", "--output", "x.yaml", "data.sourec=y"]) == 2
