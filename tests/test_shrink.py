@@ -102,8 +102,22 @@ def test_the_smallest_student_of_every_family_can_be_built(name):
     assert (rungs := _ladder(teacher, None))
     candidate = shrinking._measure(StudentConfig(copy_weights=True, **rungs[-1]), teacher, SIZE, (64, 96), "cpu", 1)
     assert candidate.parameters > 0 and candidate.copied > 0 and candidate.name
-    own = name in ("yolos", "lw_detr", "rf_detr")  # made for their own ViT
-    assert (shrinking._backbones(teacher) == [None]) >= own
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_ladder_has_what_the_family_has(name, monkeypatch):
+    """Of a teacher whose every size could be smaller."""
+    teacher = get_adapter(*FAMILIES[name]())
+    monkeypatch.setattr(shrinking, "_count_parameters", lambda backbone: 0)
+    own = name in ("yolos", "lw_detr", "rf_detr")  # they are a ViT, or made for one of their own
+    assert shrinking._backbones(teacher) == [None, *([] if own else shrinking.BACKBONES)]
+    teacher.spec = replace(teacher.spec, num_layers=12, num_queries=300, hidden_size=256)
+    rungs = _ladder(teacher, "resnet18")
+    assert set(rungs[-1]) - {"encoder_layers"} == teacher.config_names.keys() & {
+        "decoder_layers",
+        "num_queries",
+        "d_model",
+    }
 
 
 def test_the_largest_of_those_that_meet_the_target_is_chosen():
