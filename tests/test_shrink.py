@@ -172,12 +172,20 @@ def test_the_doctor_and_a_training_take_it_as_it_is(proposed, tmp_path, capsys):
     assert (tmp_path / "metrics.json").is_file() and load_teacher(str(tmp_path)).spec.num_layers == 2
 
 
-def test_what_cannot_be_met_is_said(tmp_path, capsys):
+def test_what_cannot_be_met_is_said(tmp_path, capsys, monkeypatch):
     output = tmp_path / "student.yaml"
     assert run("shrink", ["shapes", "--target-ms", "0.001", "--rounds", "1", "--output", str(output)]) == 1
     told = capsys.readouterr()
     assert "no student meets 0.001 ms: the fastest, decoder 2" in told.err and "| decoder 2" in told.out
     assert not output.exists()
+    found = [
+        Candidate(StudentConfig(decoder_layers=2), 9, 0, 30.0),
+        Candidate(StudentConfig(num_queries=6), 5, 0, 20.0),
+    ]
+    monkeypatch.setattr("asd_hf.commands.shrink.shrink", lambda *_: (found, {"resnet18": "it has no levels"}))
+    assert run("shrink", ["shapes", "--target-ms", "10", "--output", str(output)]) == 1
+    told = capsys.readouterr()
+    assert "the fastest, 6 queries, takes 20.0 ms" in told.err and "resnet18: it has no levels" in told.out
 
 
 def test_mistakes_are_one_line(capsys, monkeypatch, tmp_path):
