@@ -171,12 +171,12 @@ def test_what_an_earlier_student_left_is_removed_with_the_commit(hub, run):
     push(run, "--repo", NAME)
     repository = hub.repositories[NAME]
     theirs = {"notes.md": b"by hand", ".eval_results/other.yaml": b"by others", ".gitattributes": b"x"}
-    repository.files |= theirs | {"model-00001-of-00002.safetensors": b"old"}
+    repository.files |= theirs | {"model-00001-of-00002.safetensors": b"old", "ema/config.json": b"old"}
     shutil.rmtree(run / "onnx")
     push(run, "--repo", NAME)
     assert repository.files.keys() == STUDENT | theirs.keys()
     assert set(repository.commits[1]["paths"]) == {
-        *("README.md", "onnx/model.onnx", "onnx/parity.json", "model-00001-of-00002.safetensors")
+        *("README.md", "onnx/model.onnx", "onnx/parity.json", "model-00001-of-00002.safetensors", "ema/config.json")
     }
 
 
