@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-GRADIO = "6.31.0"  # of the Spaces that `space_files` describes
 THRESHOLD = 0.5
 LONGEST = 1280  # pixels of the longer side of pictures that are shown
 EMPHASIS = 1.6  # they are smaller than most, and on a phone much smaller
@@ -176,36 +173,6 @@ def launch(app: Blocks, port: int | None = None, share: bool = False, block: boo
             app.block_thread()
         finally:
             app.close(verbose=False)
-
-
-def space_files(model_id: str, teacher_id: str | None = None, requirement: str = "asd-hf[demo]") -> dict[str, str]:
-    """The files, by name, of a Space on the Hub that shows a model.
-
-    Args:
-        model_id, teacher_id: ids of the Hub.
-        requirement: how pip is to get this package with its extra `demo`.
-    """
-    ids = [model_id] if teacher_id is None else [model_id, teacher_id]
-    arguments = ", teacher=".join(map(json.dumps, ids))
-    metadata = {
-        "title": f"{model_id.split('/')[-1]} demo",
-        "emoji": "🔎",
-        "colorFrom": "blue",
-        "colorTo": "yellow",
-        "sdk": "gradio",
-        "sdk_version": GRADIO,
-        "app_file": "app.py",
-        "pinned": False,
-        "models": ids,
-        "tags": ["object-detection", "asd_hf"],
-    }
-    links = [f"[{name}](https://huggingface.co/{name})" for name in ids]
-    text = f"What {links[0]} finds in an image" + (f", and its teacher {links[1]} beside it" if teacher_id else "")
-    return {
-        "app.py": f"from asd_hf.demo import build_app, launch\n\nlaunch(build_app({arguments}))\n",
-        "requirements.txt": f"{requirement}\n",
-        "README.md": f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n\n{text}.\n",
-    }
 
 
 class _Side:

@@ -250,18 +250,24 @@ def compare(batches: Iterable[dict], ours: CanvasDetector, reference: CanvasDete
     softmax = reference.spec.activation == "softmax"
     for batch in tqdm(batches, desc="compare", unit="batch", leave=False):
         a, b = (side(batch["pixel_values"], batch["pixel_mask"]) for side in (ours, reference))
-        found.logits = max(found.logits, (a.logits - b.logits).abs().max().item())
-        found.pred_boxes = max(found.pred_boxes, (a.boxes - b.boxes).abs().max().item())
+        found.logits = max(found.logits, _largest(a.logits - b.logits))
+        found.pred_boxes = max(found.pred_boxes, _largest(a.boxes - b.boxes))
         rows = []
         for output in (a, b):
             logits = output.logits[0]
-            rows.append(torch.cat([output.boxes[0], logits.softmax(-1) if softmax else logits.sigmoid()], -1))
+            row = torch.cat([output.boxes[0], logits.softmax(-1) if softmax else logits.sigmoid()], -1)
+            rows.append(row.nan_to_num(nan=float("inf")))  # cdist passes over what is no number
         far = torch.cdist(*rows, p=float("inf")) > NEAR  # (B, Q, Q)
         lost += sum(far.all(dim).sum().item() for dim in (1, 2))
         queries += 2 * far.shape[0] * far.shape[1]
         found.images += far.shape[0]
     found.lost = lost / queries
     return found
+
+
+def _largest(differences: Tensor) -> float:
+    """Infinite where one is no number, which `max` would pass over."""
+    return differences.abs().nan_to_num(nan=float("inf"), posinf=float("inf")).max().item()
 
 
 def _all_true() -> Callable:

@@ -2,62 +2,77 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+import json
+from importlib.metadata import PackageNotFoundError, distribution
 
 from huggingface_hub import SpaceCardData
 
 from . import __version__
 
+GRADIO = "6.31.0"
+PYTHON = "3.11"  # the Hub's own choice is older than this package takes
 APP = '''\
 """A demo of {model_id}: `python app.py` runs it anywhere."""
 
-from asd_hf.demo import build_app
+from asd_hf.demo import build_app, launch
 
-app = build_app(model="{model_id}")  # with teacher="..." both answer side by side
-
-if __name__ == "__main__":
-    app.launch()
+launch(build_app({arguments}))
 '''
-REQUIREMENTS = """\
-# Where no index has this version, the address of a wheel or a Git repository takes the place of the version.
-asd-hf[demo]=={version}
-"""
 README = """\
 ---
 {metadata}
 ---
 
-[{model_id}](https://huggingface.co/{model_id}) at work on your own images, by `asd_hf.demo`.
+{text}, on your own images, by `asd_hf.demo`.
 """
 
 
-def space_files(model_id: str, license: dict[str, str]) -> dict[str, bytes]:
+def space_files(
+    model_id: str,
+    teacher_id: str | None = None,
+    license: dict[str, str] | None = None,
+    requirement: str | None = None,
+) -> dict[str, bytes]:
     """The files of the Space by their paths.
 
     Args:
-        model_id: the student's name on the Hub.
-        license: metadata of its licence; empty if there is none.
+        model_id, teacher_id: names on the Hub.
+        license: metadata of the model's licence, if it has one.
+        requirement: how pip gets this package with its extra `demo`; by default this version from an index.
     """
+    ids = [model_id] if teacher_id is None else [model_id, teacher_id]
     metadata = SpaceCardData(
-        title=model_id.split("/")[-1],
+        title=f"{model_id.split('/')[-1]} demo",
+        emoji="🔎",
+        colorFrom="blue",
+        colorTo="yellow",
         sdk="gradio",
-        sdk_version=_gradio(),
+        sdk_version=GRADIO,
+        python_version=PYTHON,
         app_file="app.py",
-        models=[model_id],
+        models=ids,
         tags=["object-detection", "asd_hf"],
-        **license,
+        **license or {},
     )
+    links = [f"[{name}](https://huggingface.co/{name})" for name in ids]
+    text = f"{links[0]} at work" + (f", and its teacher {links[1]} beside it" if teacher_id else "")
     texts = {
-        "README.md": README.format(metadata=metadata.to_yaml(), model_id=model_id),
-        "app.py": APP.format(model_id=model_id),
-        "requirements.txt": REQUIREMENTS.format(version=__version__),
+        "README.md": README.format(metadata=metadata.to_yaml(), text=text),
+        "app.py": APP.format(model_id=model_id, arguments=", teacher=".join(map(json.dumps, ids))),
+        "requirements.txt": f"{requirement or f'asd-hf[demo]=={__version__}'}\n",
     }
     return {name: text.encode() for name, text in texts.items()}
 
 
-def _gradio() -> str | None:
-    """The version that is installed here; without one the Hub takes its own."""
+def installed_requirement() -> str | None:
+    """How pip gets this package elsewhere as it was got here; None where it came from a folder of this machine."""
     try:
-        return version("gradio")
-    except PackageNotFoundError:
+        origin = json.loads(distribution("asd-hf").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:  # a folder on PYTHONPATH
         return None
+    url = origin.get("url", "")
+    if "vcs_info" in origin:
+        return f"asd-hf[demo] @ {origin['vcs_info']['vcs']}+{url}@{origin['vcs_info']['commit_id']}"
+    if url.startswith("file:"):
+        return None
+    return f"asd-hf[demo] @ {url}" if url else f"asd-hf[demo]=={__version__}"

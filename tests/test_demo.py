@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import logging
 import re
 import shutil
@@ -13,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from asd_hf.commands import run
 from asd_hf.data import make_shapes
 from asd_hf.data.collate import pad
 from asd_hf.data.shapes import CLASS_NAMES
-from asd_hf.demo import build_app, launch, space_files
+from asd_hf.demo import build_app, launch
 from asd_hf.evaluation import Predictor
 from asd_hf.predict import preprocessing
 from tests.families import FAMILIES
@@ -139,22 +137,6 @@ def test_an_image_in_a_browser(page, teacher, tmp_path, monkeypatch):
 
 def pixels(image: Path) -> torch.Tensor:
     return torch.tensor(np.array(Image.open(image))).permute(2, 0, 1)
-
-
-def test_the_files_of_a_space():
-    files = space_files("user/small", "user/large")
-    assert files["requirements.txt"] == "asd-hf[demo]\n"
-    *_, call = ast.parse(files["app.py"]).body
-    assert ast.unparse(call) == "launch(build_app('user/small', teacher='user/large'))"
-    _, metadata, text = files["README.md"].split("---\n")
-    metadata = yaml.safe_load(metadata)
-    assert metadata["sdk"] == "gradio" and metadata["app_file"] == "app.py"
-    assert metadata["models"] == ["user/small", "user/large"]
-    constraints = (Path(__file__).parents[1] / "constraints.txt").read_text()
-    assert f"gradio=={metadata['sdk_version']}\n" in constraints
-    alone = space_files("user/small", requirement="./asd_hf.whl")
-    assert ast.unparse(ast.parse(alone["app.py"]).body[-1]) == "launch(build_app('user/small'))"
-    assert "teacher" not in alone["README.md"] and alone["requirements.txt"] == "./asd_hf.whl\n"
 
 
 def test_mistakes_are_one_line(teacher, tmp_path, monkeypatch, capsys):

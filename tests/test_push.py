@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForObjectDetection
 
-from asd_hf import commands
+from asd_hf import __version__, commands
 from asd_hf.compare.gain import gain
 from asd_hf.config import build_config
 from asd_hf.errors import UserError
@@ -89,6 +89,7 @@ def export(run: Path) -> None:
     (run / "onnx").mkdir()
     (run / "onnx" / "model.onnx").write_bytes(b"graph" * 9)
     (run / "onnx" / "parity.json").write_text("{}")
+    (run / "onnx" / "notes.txt").write_text("private")
 
 
 def push(*arguments, code: int = 0) -> None:
@@ -104,6 +105,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_push_is_one_commit_of_the_files_of_the_dry_run(hub, run, tmp_path, capsys):
     export(run)
+    (run / "onnx" / "model.onnx.data").write_bytes(b"weights beyond 2 GB")
     (run / "_method.safetensors").write_bytes(b"private")
     (run / "checkpoint-1").mkdir()
     (run / "checkpoint-1" / "optimizer.pt").write_bytes(b"pickle")
@@ -112,7 +114,7 @@ def test_a_push_is_one_commit_of_the_files_of_the_dry_run(hub, run, tmp_path, ca
     shown = capsys.readouterr().out
     assert not hub.requests and "the same command without --dry-run" in shown
     files = contents(dry)
-    assert files.keys() == STUDENT | {"onnx/model.onnx", "onnx/parity.json"}
+    assert files.keys() == STUDENT | {"onnx/model.onnx", "onnx/model.onnx.data", "onnx/parity.json"}
     for name, content in files.items():
         assert re.search(rf"  {re.escape(name)} +{len(content):,} bytes\n", shown)
         assert str(tmp_path).encode() not in content and b"private" not in content, name
@@ -154,9 +156,15 @@ def test_the_card_of_a_run(hub, run, tmp_path):
     assert values == {name: index + 1 for index, name in enumerate(STATS)}
 
 
-def test_the_name_of_a_run_is_made_whole_by_the_hub(hub, run):
+def test_the_name_of_a_run_is_made_whole_by_the_hub(hub, run, tmp_path, capsys):
+    push(run, "--dry-run", tmp_path / "dry")
+    assert "note: the card calls the student run: --repo OWNER/run would" in capsys.readouterr().out
     push(run)
     assert 'model="user/run"' in hub.repositories["user/run"].files["README.md"].decode()
+    file = run / "asd_hf.yaml"
+    file.write_text(file.read_text().replace("training:\n", "training:\n  hub_model_id: user/other\n"))
+    push(run)
+    assert 'model="user/other"' in hub.repositories["user/other"].files["README.md"].decode()
 
 
 def test_what_has_not_changed_is_no_second_commit(hub, run, capsys):
@@ -173,12 +181,12 @@ def test_what_an_earlier_student_left_is_removed_with_the_commit(hub, run):
     push(run, "--repo", NAME)
     repository = hub.repositories[NAME]
     theirs = {"notes.md": b"by hand", ".eval_results/other.yaml": b"by others", ".gitattributes": b"x"}
-    repository.files |= theirs | {"model-00001-of-00002.safetensors": b"old"}
+    repository.files |= theirs | {"model-00001-of-00002.safetensors": b"old", "ema/config.json": b"old"}
     shutil.rmtree(run / "onnx")
     push(run, "--repo", NAME)
     assert repository.files.keys() == STUDENT | theirs.keys()
     assert set(repository.commits[1]["paths"]) == {
-        *("README.md", "onnx/model.onnx", "onnx/parity.json", "model-00001-of-00002.safetensors")
+        *("README.md", "onnx/model.onnx", "onnx/parity.json", "model-00001-of-00002.safetensors", "ema/config.json")
     }
 
 
@@ -196,12 +204,14 @@ def test_sharded_weights_and_the_moving_average_are_shared(hub, run):
     AutoModelForObjectDetection.from_config(tiny.deformable_detr().config).save_pretrained(run, max_shard_size="100KB")
     shards = {file.name for file in run.glob("model-*.safetensors")}
     assert len(shards) > 1
+    export(run)
     tiny.deformable_detr(1).save_pretrained(run / "ema")
     tiny.processor().save_pretrained(run / "ema")
     push(run, "--repo", NAME)
     ema = {f"ema/{name}" for name in ("config.json", "model.safetensors", "preprocessor_config.json")}
     files = hub.repositories[NAME].files
-    assert files.keys() == STUDENT - {"model.safetensors"} | {"model.safetensors.index.json"} | shards | ema
+    onnx = {"onnx/model.onnx", "onnx/parity.json"}
+    assert files.keys() == STUDENT - {"model.safetensors"} | {"model.safetensors.index.json"} | shards | ema | onnx
     assert "`ema/` has the moving average" in files["README.md"].decode()
 
 
@@ -229,9 +239,38 @@ def test_a_space_imports_the_demo_of_the_model(hub, run, tmp_path, capsys):
     metadata = yaml.safe_load(files["README.md"].decode().split("---")[1])
     assert metadata["sdk"] == "gradio" and metadata["app_file"] == "app.py" and metadata["models"] == [NAME]
     assert metadata["license"] == "mit"
-    (imported,) = [node for node in ast.walk(ast.parse(files["app.py"])) if isinstance(node, ast.ImportFrom)]
-    assert imported.module == "asd_hf.demo" and NAME in files["app.py"].decode()
-    assert files["requirements.txt"].decode().splitlines()[-1].startswith("asd-hf[demo]==")
+    assert ast.unparse(ast.parse(files["app.py"]).body[-1]) == f"launch(build_app('{NAME}'))"
+
+
+def test_the_requirement_of_a_space(run, tmp_path, capsys, monkeypatch):
+    """As this package was installed, or as it is given; where the Hub cannot reach it, a note."""
+
+    def requirement(*arguments) -> str:
+        shutil.rmtree(tmp_path / "dry_space", ignore_errors=True)
+        shutil.rmtree(tmp_path / "dry", ignore_errors=True)
+        push(run, "--space", "--dry-run", tmp_path / "dry", *arguments)
+        return (tmp_path / "dry_space" / "requirements.txt").read_text()
+
+    installed = tmp_path / "site" / "asd_hf-9.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: asd-hf\nVersion: 9\n")
+    monkeypatch.syspath_prepend(installed.parent)
+    release, note = f"asd-hf[demo]=={__version__}\n", "--requirement 'asd-hf[demo] @ ADDRESS'"
+    assert requirement() == release and note not in capsys.readouterr().out  # from an index
+    vcs = {"vcs": "git", "commit_id": "1a2b"}
+    for origin, wanted in (
+        ({"url": "https://host/asd_hf.git", "vcs_info": vcs}, "asd-hf[demo] @ git+https://host/asd_hf.git@1a2b\n"),
+        ({"url": "https://host/asd_hf.whl", "archive_info": {}}, "asd-hf[demo] @ https://host/asd_hf.whl\n"),
+        ({"url": "file:///home/me/asd_hf.whl", "archive_info": {}}, release),
+        ({"url": "file:///home/me/asd_hf", "dir_info": {"editable": True}}, release),
+    ):
+        (installed / "direct_url.json").write_text(json.dumps(origin))
+        assert requirement() == wanted
+        assert (note in capsys.readouterr().out) == (wanted == release)
+    assert requirement("--requirement", "asd-hf[demo]>=9") == "asd-hf[demo]>=9\n"
+    assert note not in capsys.readouterr().out
+    push(run, "--dry-run", tmp_path / "other", "--requirement", "asd-hf[demo]>=9", code=2)
+    assert "--requirement says something of --space" in capsys.readouterr().err
 
 
 def test_the_dry_run_overwrites_nothing(run, tmp_path, capsys):
@@ -480,6 +519,8 @@ def test_the_configuration_may_name_the_licence(run, tmp_path):
     file.write_text(file.read_text().replace("training:\n", "training:\n  hub_license: bsd-3-clause\n"))
     push(run, "--dry-run", tmp_path / "dry")
     assert ModelCard.load(tmp_path / "dry" / "README.md").data.license == "bsd-3-clause"
+    push(run, "--license", "mit", "--dry-run", tmp_path / "other")
+    assert ModelCard.load(tmp_path / "other" / "README.md").data.license == "mit"
 
 
 # -- what the method is worth -----------------------------------------------------------------------------------------

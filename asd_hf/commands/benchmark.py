@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import torch
 from transformers import set_seed
 
 from ..benchmark.attention import AttentionRow, measure_attention
@@ -25,6 +24,7 @@ from ..errors import UserError
 from ..export import Canvas
 from ..fast_criterion import LOSSES
 from ..methods import METHODS, MethodConfig
+from ..predict import choose_device
 from ..progress import show_logs
 from ..registry import nearest
 from ..student import load_teacher
@@ -204,8 +204,7 @@ def latency(argv: list[str]) -> None:
             raise UserError(f"--runtimes: {name!r}: {nearest(name, RUNTIMES)}")
     if len(set(args.models)) < len(args.models):
         raise UserError("--model: the same one is given twice")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no GPU here")
+    choose_device(args.device)  # a missing one is said before anything is loaded
     adapters = {name: load_teacher(name, "--model") for name in args.models}
     canvases = {name: Canvas.of(adapter, args.size, args.batch) for name, adapter in adapters.items()}
     rows = measure_latency(adapters, canvases, runtimes, args.rounds, args.device)

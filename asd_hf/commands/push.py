@@ -24,7 +24,7 @@ from ..sharing import (
     read_run,
     write_files,
 )
-from ..space import space_files
+from ..space import installed_requirement, space_files
 
 
 def main(argv: list[str]) -> None:
@@ -39,6 +39,12 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--private", action="store_true", help="the repository shall be private")
     parser.add_argument("--space", action="store_true", help="also a Gradio Space of this name (dry run: DIR_space)")
+    parser.add_argument(
+        "--requirement",
+        metavar="REQ",
+        help="how the Space gets asd_hf, as a line for pip, such as 'asd-hf[demo] @ git+https://...' (default: as it "
+        "was installed here)",
+    )
     parser.add_argument(
         "--license", metavar="ID", help="of the student (default: training.hub_license, or that of its first weights)"
     )
@@ -57,6 +63,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     for flag, name in (("--repo", args.repo), ("--dataset", args.dataset)):
         _check_name(flag, name)
+    if args.requirement is not None and not args.space:
+        raise UserError("--requirement says something of --space, which is not given")
     show_logs(rank=0)
     run = read_run(args.run)
     name = args.repo or run.name
@@ -77,9 +85,9 @@ def main(argv: list[str]) -> None:
         _tell(shared, f"the files of {name}, as they are in {args.dry_run}")
         if args.space:
             folder = args.dry_run.with_name(f"{args.dry_run.name}_space")
-            files = space_files(name, _license(shared))
-            write_files(files, folder)
-            print(f"\n{_table(files, f'the files of its Space, as they are in {folder}')}")
+            space = _space(name, shared, args.requirement)
+            write_files(space.files, folder)
+            _tell(space, f"\nthe files of its Space, as they are in {folder}")
         print("\nnothing was sent: the same command without --dry-run sends these files")
         return
     shared, pushed = push_run(run, name, args.private or None, **options)
@@ -88,9 +96,9 @@ def main(argv: list[str]) -> None:
     if args.space:
         advice = "the model is pushed: the same command tries the Space again"
         create_repository(repo_id, args.private or None, advice, repo_type="space", space_sdk="gradio")
-        files = space_files(repo_id, _license(shared))
-        space = push_files(files, repo_id, f"Demo of {repo_id}", advice, repo_type="space")
-        print(f"\n{_table(files, 'the files of its Space')}\n{space}")
+        space = _space(repo_id, shared, args.requirement)
+        _tell(space, "\nthe files of its Space")
+        print(push_files(space.files, repo_id, f"Demo of {repo_id}", advice, repo_type="space"))
     print(f"\n{pushed}\nnext: {run.evaluate_command(repo_id, args.dataset)}")
 
 
@@ -110,9 +118,17 @@ def _gain(run: FinishedRun, folder: Path, baseline: str) -> str:
     return gain(folder, config, run.protocol["fingerprint"], steps, baseline)
 
 
-def _license(shared: Package) -> dict[str, str]:
+def _space(name: str, shared: Package, requirement: str | None) -> Package:
     data = ModelCard(shared.files["README.md"].decode()).data
-    return {key: value for key in ("license", "license_name") if (value := data.get(key)) is not None}
+    license = {key: value for key in ("license", "license_name") if (value := data.get(key)) is not None}
+    requirement, remarks = requirement or installed_requirement(), []
+    if requirement is None:
+        remarks.append(
+            "its requirements.txt asks for a release of asd_hf, which was installed here from a folder: where no "
+            "index has this version, --requirement 'asd-hf[demo] @ ADDRESS' names a wheel or a Git repository that "
+            "the Hub can reach"
+        )
+    return Package(space_files(name, license=license, requirement=requirement), remarks)
 
 
 def _tell(shared: Package, title: str) -> None:

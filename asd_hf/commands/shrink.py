@@ -4,7 +4,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 import yaml
 
 from ..benchmark.sidebyside import format_table
@@ -14,6 +13,7 @@ from ..detectors.base import DetectorAdapter
 from ..errors import UserError
 from ..export import Canvas
 from ..files import write_whole
+from ..predict import choose_device
 from ..shrink import SIZES, Candidate, choose, shrink
 from ..student import load_teacher
 from .export import size
@@ -46,8 +46,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.target_ms <= 0 or args.rounds < 1:
         raise UserError("--target-ms must be more than 0 and --rounds 1 or more")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no GPU here")
+    choose_device(args.device)  # a missing one is said before anything is loaded
     teacher = load_teacher(args.teacher)
     if teacher.open_vocabulary:
         raise UserError(f"a {teacher.spec.family} can only be a teacher: no student has its form")

@@ -35,10 +35,12 @@ def choose_device(name: str | None) -> torch.device:
     """
     if name is None:
         return PartialState().device
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    there, accelerator = ["cpu"], torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        there += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if name not in there:
+        raise UserError(f"--device {name}: PyTorch sees no such device here, only {', '.join(there)}")
+    return torch.device(name)
 
 
 def preprocessing(processor) -> Callable[[Tensor], Tensor]:
