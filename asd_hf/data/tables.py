@@ -23,7 +23,7 @@ from PIL import Image
 
 from ..errors import UserError
 from .cache import digest
-from .faults import NOTES, BadRow, bad_row, box_note, is_number, is_whole
+from .faults import NOTES, BadRow, bad_row, box_note, is_number, is_text, is_whole
 from .rows import MAX_SHARDS, Source, cut_evenly, read_rows, stream_of
 
 logger = logging.getLogger(__name__)
@@ -286,13 +286,16 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text())
         names = manifest["class_names"]
-        paths = [PurePosixPath(shard["file"]) for shard in manifest.get("shards", ())]
-    except (ValueError, KeyError, TypeError) as error:
+        ids = manifest.get("category_ids", list(range(len(names))))
+        shards = [(PurePosixPath(s["file"]), s["bytes"], s["sha256"]) for s in manifest.get("shards", ())]
+        if not (isinstance(names, list) and all(map(is_text, names)) and all(map(is_whole, ids))):
+            raise TypeError("class_names must be texts and category_ids integers")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is no manifest: {type(error).__name__}: {error}") from error
-    if any(path.is_absolute() or ".." in path.parts for path in paths):
+    if any(path.is_absolute() or ".." in path.parts for path, *_ in shards):
         raise UserError(f"{file} lists a shard outside its folder")
-    if len(manifest.get("category_ids", names)) != len(names):
-        raise UserError(f"{file} has {len(names)} class_names but {len(manifest['category_ids'])} category_ids")
+    if len(ids) != len(names):
+        raise UserError(f"{file} has {len(names)} class_names but {len(ids)} category_ids")
     return manifest
 
 
@@ -388,8 +391,8 @@ class TableReader:
             categories.append(self.known[category])
         self._warn(boxes, size, name)
         count = len(boxes)
-        area = [w * h for _, _, w, h in boxes] if objects["area"] is None else list(map(float, objects["area"]))
-        crowd = [0] * count if objects["iscrowd"] is None else list(map(int, objects["iscrowd"]))
+        area = [w * h for _, _, w, h in boxes] if objects["area"] is None else list(objects["area"])
+        crowd = [0] * count if objects["iscrowd"] is None else list(objects["iscrowd"])
         if {len(categories), len(area), len(crowd)} != {count}:
             raise BadRow(
                 "row",
@@ -397,6 +400,7 @@ class TableReader:
             )
         if not all(map(is_number, area)) or not {0, 1}.issuperset(crowd):
             raise BadRow("box", f"{name}: every area must be a finite number and every iscrowd 0 or 1")
+        area, crowd = list(map(float, area)), list(map(int, crowd))
         return {"bbox": boxes, "category": categories, "area": area, "iscrowd": crowd}
 
     def _warn(self, boxes: list[list[float]], size: tuple[int | None, int | None], name: str) -> None:
