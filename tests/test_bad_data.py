@@ -46,6 +46,7 @@ ROWS = tiny_rows(6)
 BAD = ROWS[2]  # of two objects and more
 WIDTH, HEIGHT = BAD["width"], BAD["height"]
 FILE = f"{BAD['image_id']:06d}.jpg"
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n"
 LENIENT = {"bad_rows": "skip", "max_bad_share": 0.5, "eval_size": 40, "train_sizes": [40]}
 
 
@@ -146,7 +147,7 @@ FAULTS = {
     "empty": ("broken image", image_bytes(b"")),
     "a page": ("broken image", image_bytes(b"<html>404</html>")),
     "truncated png": ("broken image", image_bytes(encoded(photo(), "PNG")[:-200])),
-    "postscript": ("broken image", image_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n")),
+    "postscript": ("broken image", image_bytes(POSTSCRIPT)),
     "pipe": ("broken image", in_its_place(os.mkfifo)),
     "folder": ("broken image", in_its_place(Path.mkdir)),
     "16 bit": ("deep image", image_bytes(encoded(Image.new("I;16", (WIDTH, HEIGHT)), "PNG"))),
@@ -253,6 +254,12 @@ def test_a_strange_but_sound_row_of_a_coco_folder(tmp_path, capsys, name):
     assert len(samples(open_source(str(root), "train"), training=False)) == len(ROWS)  # evaluation takes it too
 
 
+def test_postscript_is_not_run(tmp_path):
+    root = broken(tmp_path / "coco", image_bytes(POSTSCRIPT))
+    with pytest.raises(UserError, match="is PostScript, a program: convert it to PNG or JPEG$"):
+        samples(open_source(str(root), "train"))
+
+
 def test_images_of_one_id(tmp_path):
     root = broken(tmp_path / "coco", of_image(id=ROWS[1]["image_id"]))
     with pytest.raises(UserError, match=r"2 images have the id 103 \(and 2 more: `asd-hf check-data` lists them\)$"):
@@ -341,6 +348,7 @@ JSON_FAULTS = {
     "area of a string": ("box", of_objects(area=lambda areas: ["5", *areas[1:]])),
     "half a crowd": ("box", of_objects(iscrowd=lambda crowds: [0.5, *crowds[1:]])),
     "unknown category": ("category", of_objects(category=lambda categories: [77, *categories[1:]])),
+    "category that is true": ("category", of_objects(category=lambda categories: [True, *categories[1:]])),
     "objects of a string": ("row", lambda row: row.update(objects="none")),
     "no objects": ("row", lambda row: row.pop("objects")),
     "id of a string": ("image id", lambda row: row.update(image_id="7")),
@@ -383,9 +391,18 @@ def test_a_bad_row_of_a_table(tmp_path, capsys, name):
 
 def test_a_broken_sample_of_a_tar(tmp_path, capsys):
     stored, _ = table("lists", ROWS)
+    stored[1]["filler"] = 9 * "x"
     folder = Path(write_tars(tmp_path / "t", stored))
     (folder / "manifest_val.json").write_text(json.dumps({"class_names": NAMES, "box_format": "xywh"}))
     file = folder / "val-0000.tar"
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b'"filler": "xxxxxxxxx"', b'"image": {"bytes": 5}'))  # in place of the image itself
+    with pytest.raises(UserError, match="row 1 is not understood"):
+        samples(open_source(str(folder), "val"))
+    file.write_bytes(bytes(len(whole)))
+    with pytest.raises(UserError, match="val-0000.tar holds no samples$"):
+        samples(open_source(str(folder), "val"))
+    file.write_bytes(whole)
     about = json.dumps({key: value for key, value in stored[2].items() if key != "image"}).encode()
     file.write_bytes(file.read_bytes().replace(about, b"!" + about[1:]))
     with pytest.raises(UserError, match=r"val-0000.tar: sample '00002' has a .json that cannot be read: Expecting"):

@@ -134,7 +134,8 @@ def test_files_that_differ_from_the_manifest_are_named(tmp_path, source):
     with pytest.raises(UserError, match="lists a shard outside its folder"):
         open_source(str(out), "train")
     no_sum = [{key: shard[key] for key in ("file", "bytes")} for shard in manifest["shards"]]
-    for change in ({"shards": no_sum}, {"shards": 5}, {"class_names": 5}, {"category_ids": ["1", "2", "3"]}, None):
+    changes = [{"shards": no_sum}, {"shards": 5}, {"class_names": 5}, {"class_names": ["cat", "dog", "cat"]}]
+    for change in (*changes, {"category_ids": ["1", "2", "3"]}, {"box_format": "cxcywh"}, None):
         (out / "manifest_train.json").write_text("{" if change is None else json.dumps(manifest | change))
         with pytest.raises(UserError, match="manifest_train.json is no manifest"):
             open_source(str(out), "train")

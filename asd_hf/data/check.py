@@ -32,7 +32,7 @@ from .transforms import check_boxes, decode, orientation
 
 logger = logging.getLogger(__name__)
 
-CHECK_VERSION = 1  # of the reports on disk
+CHECK_VERSION = 2  # of the reports on disk
 EXAMPLES = 5  # of each note, kept
 LEFT_OUT = "skipped_rows.jsonl"
 

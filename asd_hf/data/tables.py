@@ -41,7 +41,13 @@ ARCHIVES = ("zip://", "tar://", "gzip://")  # of the Hub's data sets that images
 BOXES_TO_DETECT = 1000
 MAX_RELATIVE = 2  # first boxes without a larger number are not in pixels; relative ones may reach a little beyond 1
 FOOTERS_AT_A_TIME = 16
-MISUNDERSTOOD = (TypeError, ValueError, AttributeError, OverflowError)  # raised by rows of another form than expected
+MISUNDERSTOOD = (
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    OverflowError,
+)  # raised by rows of another form than expected
 UNKNOWN_LENGTH = 1 << 32  # rows that a shard of unknown length is taken to have, to number rows without image_id
 
 
@@ -171,6 +177,8 @@ def _open_parquet(folder: Path, split: str, files: list[Path]) -> Raw:
             lengths.append(pq.read_metadata(file).num_rows)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{file} is no Parquet file: {_first_line(error)}") from error
+    if not sum(lengths):
+        raise UserError(f"{folder}: split {split!r} has no rows")
     named = {"data_files": {split: [str(file) for file in files]}, "split": split, "streaming": True}
     stream = datasets.load_dataset("parquet", **named).decode(False)
     columns = [column for column in stream.column_names if column not in IMAGE_COLUMNS]
@@ -204,12 +212,13 @@ def _read_tars(files: list[str], with_images: bool = True, labelled: bool = True
     they are `labelled`. A sample is {"row", "fault"}, the latter saying why its JSON cannot be read, if so.
     """
     for file in files:
+        empty = True
         try:
             with tarfile.open(file, "r|*") as archive:
                 members = ((member, *_key_and_suffix(member.name)) for member in archive if member.isfile())
                 for key, group in itertools.groupby(members, key=lambda item: item[1]):
                     row: dict[str, Any] = {}
-                    fault = None
+                    fault, empty = None, False
                     for member, _, suffix in group:
                         if suffix == "json":
                             fault = _add_json(row, archive.extractfile(member).read())
@@ -220,6 +229,8 @@ def _read_tars(files: list[str], with_images: bool = True, labelled: bool = True
                     yield {"row": row, "fault": fault and f"{file}: sample {key!r} {fault}"}
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
             raise UserError(f"{file} cannot be read: {_first_line(error)}") from error
+        if empty:  # as is a file of zeros, which a crash of the machine may leave
+            raise UserError(f"{file} holds no samples")
 
 
 def _add_json(row: dict[str, Any], text: bytes) -> str | None:
@@ -290,6 +301,10 @@ def _read_manifest(file: Path) -> dict[str, Any]:
         shards = [(PurePosixPath(s["file"]), s["bytes"], s["sha256"]) for s in manifest.get("shards", ())]
         if not (isinstance(names, list) and all(map(is_text, names)) and all(map(is_whole, ids))):
             raise TypeError("class_names must be texts and category_ids integers")
+        if len(set(names)) < len(names) or len(set(ids)) < len(ids):
+            raise ValueError("two classes have one name or category id")
+        if (form := manifest.get("box_format")) not in (None, "xywh", "xyxy"):
+            raise ValueError(f"box_format is {form!r}, not xywh or xyxy")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is no manifest: {type(error).__name__}: {error}") from error
     if any(path.is_absolute() or ".." in path.parts for path, *_ in shards):
@@ -385,7 +400,7 @@ class TableReader:
             boxes[index] = [x, y, w, h]
         categories = []
         for category in objects["category"]:
-            if category not in self.known:
+            if isinstance(category, bool) or category not in self.known:  # to Python, true is 1
                 classes = len(set(self.known.values()))
                 raise BadRow("category", f"{name}: category {category!r:.80} is not among the {classes} classes")
             categories.append(self.known[category])
