@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -280,6 +281,16 @@ def test_without_labelled_images_transformers_loss_is_zero():
     labels = [label | {"labelled": False} for label in batch["labels"]]
     losses = TransformersCriterion(student.model)(output, labels)
     assert set(losses) == {"loss_ce", "loss_bbox", "loss_giou"} and not any(losses.values())
+
+
+def test_transformers_loss_of_bf16_predictions_is_computed_in_fp32():
+    student = get_adapter(detector("detr"), FAMILIES["detr"]()[1])
+    batch = tiny.batch(2)
+    output = student(batch["pixel_values"], batch["pixel_mask"])
+    halves = replace(output, logits=output.logits.bfloat16(), boxes=output.boxes.bfloat16())
+    exact = replace(output, logits=halves.logits.float(), boxes=halves.boxes.float())
+    losses, expected = (TransformersCriterion(student.model)(x, batch["labels"]) for x in (halves, exact))
+    assert all(torch.equal(losses[name], value) for name, value in expected.items())
 
 
 def work(rank, world, path):
