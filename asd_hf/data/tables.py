@@ -41,13 +41,8 @@ ARCHIVES = ("zip://", "tar://", "gzip://")  # of the Hub's data sets that images
 BOXES_TO_DETECT = 1000
 MAX_RELATIVE = 2  # first boxes without a larger number are not in pixels; relative ones may reach a little beyond 1
 FOOTERS_AT_A_TIME = 16
-MISUNDERSTOOD = (
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    OverflowError,
-)  # raised by rows of another form than expected
+# Raised by rows of another form than expected
+MISUNDERSTOOD = (TypeError, ValueError, LookupError, AttributeError, OverflowError)
 UNKNOWN_LENGTH = 1 << 32  # rows that a shard of unknown length is taken to have, to number rows without image_id
 
 
