@@ -73,7 +73,10 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
     others.sort(key=lambda checkpoint: (step_of(checkpoint) < step_of(newest), step_of(checkpoint)))
     kept = 1 + (best is not None and Path(best) != newest and Path(best).is_dir())
     for checkpoint in others[: max(0, len(others) + kept - limit)]:
-        shutil.rmtree(checkpoint)
+        old = newest.parent / PARTIAL / f"old-{checkpoint.name}"
+        old.parent.mkdir(exist_ok=True)
+        checkpoint.rename(old)  # of a deletion that is interrupted, no part is left by the name of a checkpoint
+        shutil.rmtree(old)
 
 
 def read_manifest(checkpoint: Path) -> dict:

@@ -16,6 +16,7 @@ from .classes import SharedClasses
 from .data import DetectionStream, RowTransform, collate, teacher_view
 from .data.rows import read_rows
 from .detectors.base import DetectorAdapter, DetectorOutput
+from .files import written_beside
 from .methods import CombinedMethod, DistillationMethod
 from .methods.base import name_of
 from .questions import point_scores
@@ -71,9 +72,8 @@ class MatrixRecorder(TrainerCallback):
         file = Path(args.output_dir) / FOLDER / f"step-{state.global_step}.safetensors"
         if found:
             try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                save_file(found, beside := file.with_suffix(".partial"))
-                beside.replace(file)
+                with written_beside(file) as beside:
+                    save_file(found, beside)
             except (OSError, SafetensorError) as error:  # a training must not end for it
                 logger.warning("%s could not be written: %s", file, error)
 

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import torch.distributed as dist
 
-from .checkpoints import PARTIAL
+from .checkpoints import PARTIAL, clear, writing
 from .errors import UserError
 
 _GLOO = ("gloo/transport/", "Application timeout caused pair closure")  # gloo raises RuntimeErrors that say this
@@ -32,24 +32,28 @@ def heard() -> Iterator[None]:
 
 
 def require_shared(folder: Path) -> None:
-    """Checks that all ranks see one and the same `folder`. Collective: all ranks must call it.
+    """Checks that `folder` can be written to and is one and the same for all ranks. Collective: all must call it.
 
     Raises:
-        UserError: one does not, on every rank: checkpoints would lack what it writes.
+        UserError: rank 0 cannot write to it; or one does not see what it writes, on every rank: checkpoints would
+            lack what that one writes.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    rank, name = dist.get_rank(), [uuid4().hex]  # a name that no file system has looked for yet
-    dist.broadcast_object_list(name)
+    several = dist.is_available() and dist.is_initialized()
+    rank, name = dist.get_rank() if several else 0, [uuid4().hex]  # a name that no file system has looked for yet
+    if several:
+        dist.broadcast_object_list(name)
     mark = folder / PARTIAL / name[0]
     if rank == 0:
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.touch()
-    dist.barrier()
-    seen = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, mark.is_file())
+        with writing(folder):
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    seen = [True]
+    if several:
+        dist.barrier()
+        seen = [None] * dist.get_world_size()
+        dist.all_gather_object(seen, mark.is_file())
     if rank == 0:
-        mark.unlink()
+        clear(mark.parent)
     if not all(seen):
         raise UserError(
             f"rank {seen.index(False)} does not see what rank 0 writes to {folder}: training.output_dir must be a "

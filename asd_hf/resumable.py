@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, Trai
 from . import stopping
 from .bad_steps import FOLDER as BAD_STEPS
 from .bad_steps import Step, StepGuard, write_batches
-from .checkpoints import PARTIAL, clear, complete, newest_checkpoint, publish, read_manifest, rotate
+from .checkpoints import PARTIAL, clear, complete, newest_checkpoint, publish, read_manifest, rotate, writing
 from .data import require_agreement, require_same, summary, write_left_out
 from .errors import UserError
 from .files import write_whole
@@ -90,7 +90,8 @@ class ResumableTrainer(Trainer):
             self._left = self._check_data(resume_from_checkpoint)["left"]
             self.args.eval_on_start = False  # it was done
         if self.is_world_process_zero():
-            write_left_out(Path(self.args.output_dir), source.faults)
+            with writing(Path(self.args.output_dir)):
+                write_left_out(Path(self.args.output_dir), source.faults)
         try:
             with stopping.deferred():
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)

@@ -149,7 +149,7 @@ def survive_kills(
                     break
                 result.kills[doing] += 1
                 result.alone += victim is not None
-                result.half_written += doing == Doing.SAVE and (run.folder / PARTIAL).is_dir()
+                result.half_written += doing == Doing.SAVE and any((run.folder / PARTIAL).glob("*"))
                 bar.update()
             else:
                 run.start()

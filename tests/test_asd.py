@@ -411,6 +411,8 @@ def test_ramp_scales_distillation_and_not_sampling():
         assert losses["asd_sampling"].item() == full["asd_sampling"].item()
         assert losses["asd_box"].item() == pytest.approx(factor * full["asd_box"].item())
         assert losses["asd_class"].item() == pytest.approx(factor * full["asd_class"].item())
+    losses = method(step=100, ramp_steps=400)(student, teacher, [])  # which begins with the training
+    assert losses["asd_box"].item() == pytest.approx(0.25 * full["asd_box"].item())
 
 
 def test_statistics():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import random
 import re
 import struct
@@ -46,6 +47,7 @@ ROWS = tiny_rows(6)
 BAD = ROWS[2]  # of two objects and more
 WIDTH, HEIGHT = BAD["width"], BAD["height"]
 FILE = f"{BAD['image_id']:06d}.jpg"
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n"
 LENIENT = {"bad_rows": "skip", "max_bad_share": 0.5, "eval_size": 40, "train_sizes": [40]}
 
 
@@ -119,6 +121,14 @@ def link_within(images, contents):
     (images / FILE).symlink_to("../original.jpg")
 
 
+def in_its_place(make):
+    def change(images, contents):
+        (images / FILE).unlink()
+        make(images / FILE)
+
+    return change
+
+
 def renamed(name: str):
     def change(images, contents):
         (images / FILE).rename(images / name)
@@ -138,6 +148,9 @@ FAULTS = {
     "empty": ("broken image", image_bytes(b"")),
     "a page": ("broken image", image_bytes(b"<html>404</html>")),
     "truncated png": ("broken image", image_bytes(encoded(photo(), "PNG")[:-200])),
+    "postscript": ("broken image", image_bytes(POSTSCRIPT)),
+    "pipe": ("broken image", in_its_place(os.mkfifo)),
+    "folder": ("broken image", in_its_place(Path.mkdir)),
     "16 bit": ("deep image", image_bytes(encoded(Image.new("I;16", (WIDTH, HEIGHT)), "PNG"))),
     "bomb": ("large image", image_bytes(bomb(60_000, 60_000), (60_000, 60_000))),
     "16,000 pixels square": ("large image", image_bytes(bomb(16_000, 16_000), (16_000, 16_000))),
@@ -149,6 +162,7 @@ FAULTS = {
     "no name": ("file name", of_image(file_name="")),
     "nul": ("file name", of_image(file_name="a\0b.jpg")),
     "surrogate": ("file name", of_image(file_name="\ud800.jpg")),
+    "line break": ("missing image", of_image(file_name="a\n\x1b[2J.jpg")),
     "no string": ("file name", of_image(file_name=["a.jpg"])),
     "long": ("broken image", of_image(file_name=300 * "a")),
     "no id": ("row", lambda images, contents: contents["images"][2].pop("id")),
@@ -167,6 +181,7 @@ FAULTS = {
     "box of strings": ("box", of_annotation(bbox=["1", "2", "3", "4"])),
     "area": ("box", of_annotation(area="large")),
     "crowd": ("box", of_annotation(iscrowd="no")),
+    "half a crowd": ("box", of_annotation(iscrowd=0.5)),
     "10,000 boxes": ("many boxes", crowded),
     "unknown category": ("category", of_annotation(category_id=99)),
     "category of a list": ("category", of_annotation(category_id=[3])),
@@ -251,6 +266,12 @@ def test_a_strange_but_sound_row_of_a_coco_folder(tmp_path, capsys, name):
     assert len(samples(open_source(str(root), "train"), training=False)) == len(ROWS)  # evaluation takes it too
 
 
+def test_postscript_is_not_run(tmp_path):
+    root = broken(tmp_path / "coco", image_bytes(POSTSCRIPT))
+    with pytest.raises(UserError, match="is PostScript, a program: convert it to PNG or JPEG$"):
+        samples(open_source(str(root), "train"))
+
+
 def test_images_of_one_id(tmp_path):
     root = broken(tmp_path / "coco", of_image(id=ROWS[1]["image_id"]))
     with pytest.raises(UserError, match=r"2 images have the id 103 \(and 2 more: `asd-hf check-data` lists them\)$"):
@@ -303,6 +324,13 @@ def test_a_broken_annotation_file_stops_under_both(tmp_path, capsys, text):
     assert checked(capsys, root, "--split", "train")[0] == 1
 
 
+@pytest.mark.parametrize("change", [{"id": 18.5}, {"id": "18"}, {"id": True}, {"name": None}, {"name": "\ud800"}])
+def test_categories_are_taken_as_they_stand_or_refused(tmp_path, change):
+    root = broken(tmp_path / "coco", lambda images, contents: contents["categories"][0].update(change))
+    with pytest.raises(UserError, match="its id must be an integer below 2\\^62, and its name a text$"):
+        open_source(str(root), "train")
+
+
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
@@ -329,7 +357,10 @@ JSON_FAULTS = {
     "box of letters": ("box", of_objects(bbox=lambda boxes: ["1234", *boxes[1:]])),
     "boxes of a number": ("row", of_objects(bbox=lambda boxes: 5)),
     "category of a list": ("row", of_objects(category=lambda categories: [[1], *categories[1:]])),
+    "area of a string": ("box", of_objects(area=lambda areas: ["5", *areas[1:]])),
+    "half a crowd": ("box", of_objects(iscrowd=lambda crowds: [0.5, *crowds[1:]])),
     "unknown category": ("category", of_objects(category=lambda categories: [77, *categories[1:]])),
+    "category that is true": ("category", of_objects(category=lambda categories: [True, *categories[1:]])),
     "objects of a string": ("row", lambda row: row.update(objects="none")),
     "no objects": ("row", lambda row: row.pop("objects")),
     "id of a string": ("image id", lambda row: row.update(image_id="7")),
@@ -372,9 +403,18 @@ def test_a_bad_row_of_a_table(tmp_path, capsys, name):
 
 def test_a_broken_sample_of_a_tar(tmp_path, capsys):
     stored, _ = table("lists", ROWS)
+    stored[1]["filler"] = 9 * "x"
     folder = Path(write_tars(tmp_path / "t", stored))
     (folder / "manifest_val.json").write_text(json.dumps({"class_names": NAMES, "box_format": "xywh"}))
     file = folder / "val-0000.tar"
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b'"filler": "xxxxxxxxx"', b'"image": {"bytes": 5}'))  # in place of the image itself
+    with pytest.raises(UserError, match="row 1 is not understood"):
+        samples(open_source(str(folder), "val"))
+    file.write_bytes(bytes(len(whole)))
+    with pytest.raises(UserError, match="val-0000.tar holds no samples$"):
+        samples(open_source(str(folder), "val"))
+    file.write_bytes(whole)
     about = json.dumps({key: value for key, value in stored[2].items() if key != "image"}).encode()
     file.write_bytes(file.read_bytes().replace(about, b"!" + about[1:]))
     with pytest.raises(UserError, match=r"val-0000.tar: sample '00002' has a .json that cannot be read: Expecting"):
@@ -416,6 +456,19 @@ def test_unlabelled_images(tmp_path, capsys):
     assert code == 1 and "train: 0 of 6" in out and f"unlabelled, {folder}: 1 of 6" in out
     alone = open_training_source(DataConfig(train_split=None, unlabelled=str(folder), **LENIENT))
     assert alone.num_rows == len(ROWS) - 1
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path, capsys, monkeypatch):
+    root = broken(tmp_path / "coco", lambda images, contents: None)
+    (tmp_path / "file").touch()
+    arguments = [str(root), "--split", "train", "--workers", "1", "--json"]
+    assert run("check-data", [*arguments, str(tmp_path / "file/found.json")]) == 2
+    assert f"error: {tmp_path / 'file'}: File exists\n" in capsys.readouterr().err
+    assert run("check-data", [*arguments, "/dev/full"]) == 2  # a disk without room
+    assert "error: No space left on device\n" in capsys.readouterr().err
+    monkeypatch.setenv("ASD_HF_CACHE", str(tmp_path / "file/cache"))
+    assert run("check-data", arguments[:-1]) == 2
+    assert f"error: {tmp_path / 'file/cache'}" in capsys.readouterr().err
 
 
 # -- what a run reads -------------------------------------------------------------------------------------------------

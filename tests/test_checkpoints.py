@@ -109,6 +109,19 @@ def test_the_oldest_go_first_and_the_best_stays(tmp_path, limit, best, left):
     assert names(tmp_path) == [f"checkpoint-{step}" for step in left]
 
 
+def test_an_interrupted_deletion_leaves_no_checkpoint_in_parts(tmp_path, monkeypatch):
+    def interrupted(folder):
+        (folder / MANIFEST).unlink()
+        signal.raise_signal(signal.SIGINT)
+
+    for step in (2, 4):
+        write(tmp_path, step)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", interrupted)
+        rotate(tmp_path / "checkpoint-4", 1, None)
+    assert names(tmp_path) == ["checkpoint-4"]
+
+
 def test_files_take_their_places_whole_or_not_at_all(tmp_path):
     (tmp_path / "model").write_text("old")
     with pytest.raises(OSError), moved_in(tmp_path) as new:

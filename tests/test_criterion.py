@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DeformableDetrConfig, DetrConfig
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
 from transformers.loss.loss_for_object_detection import HungarianMatcher
 
@@ -272,6 +273,15 @@ def test_empty_images_give_finite_losses_that_touch_every_head(family, boxes):
     assert len(found) >= 8
     for parameter in found:
         assert parameter.grad is not None and parameter.grad.isfinite().all()
+
+
+def test_defaults_are_those_of_transformers_configurations():
+    for activation, config in (("sigmoid", DeformableDetrConfig()), ("softmax", DetrConfig())):
+        ours, theirs = (
+            vars(criterion) | {"class_loss": vars(criterion.class_loss)}
+            for criterion in (DetectionCriterion(activation), DetectionCriterion.from_config(config, activation))
+        )
+        assert ours == theirs and ours["class_loss"]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -133,9 +133,14 @@ def test_files_that_differ_from_the_manifest_are_named(tmp_path, source):
     (out / "manifest_train.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="lists a shard outside its folder"):
         open_source(str(out), "train")
-    (out / "manifest_train.json").write_text("{")
-    with pytest.raises(UserError, match="manifest_train.json is no manifest"):
-        open_source(str(out), "train")
+    no_sum = [{key: shard[key] for key in ("file", "bytes")} for shard in manifest["shards"]]
+    changes = [{"shards": no_sum}, {"shards": 5}, {"class_names": 5}, {"class_names": ["cat", "dog", "cat"]}]
+    for change in (*changes, {"category_ids": ["1", "2", "3"]}, {"box_format": "cxcywh"}, None):
+        (out / "manifest_train.json").write_text("{" if change is None else json.dumps(manifest | change))
+        with pytest.raises(UserError, match="manifest_train.json is no manifest"):
+            open_source(str(out), "train")
+    with pytest.raises(UserError, match="manifest_train.json cannot be read: delete it, and all shards are written"):
+        shard_dataset(source, "train", out, num_shards=3, progress=False)
 
 
 def test_a_folder_of_other_data_is_left_alone(tmp_path, source):

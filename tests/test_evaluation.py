@@ -179,12 +179,28 @@ def test_any_input_scores_as_with_pycocotools_to_the_last_bit():
     assert most > 100 and sum(0.05 < ap < 0.95 for ap in aps) > 30
 
 
+def test_data_sets_for_pycocotools_are_what_it_makes_itself():
+    images = {i: ImageResult(*random_image(i, 7, 30), (480, 640)) for i in (9, 2, 5)}
+    truth, found = coco_module.coco_datasets(images, 7)
+    expected = annotation_file({i: images[i][:2] for i in sorted(images)}, list(range(7)))
+    assert truth["annotations"] == expected["annotations"] and len(truth["annotations"]) > 10
+    results = [{key: row[key] for key in ("image_id", "category_id", "bbox", "score")} for row in found["annotations"]]
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        loaded = coco.loadRes(results).dataset["annotations"]
+    assert found["annotations"] == [{key: row[key] for key in row if key != "segmentation"} for row in loaded]
+    assert [image["id"] for image in found["images"]] == [2, 5, 9] and found["categories"] == truth["categories"]
+
+
 def test_predictions_are_unrounded_float32_values():
     rows = torch.tensor([[[0.1, 0.2, 0.3, 0.7, 1 / 3, 1.0]]])
     evaluator = CocoEvaluator(["a", "b"], [10, 20])
     evaluator.add(torch.tensor([7]), rows, [np.zeros((0, 7))], torch.tensor([[4, 5]]))
     rows.zero_()  # what was given is copied
     evaluator.gather()
+    assert CocoEvaluator(["a", "b"]).category_ids == [1, 2]
     (result,) = evaluator.predictions()
     assert (result["image_id"], result["category_id"]) == (7, 20)
     given = torch.tensor([0.1, 0.2, 0.3, 0.7, 1 / 3]).double().tolist()
@@ -331,6 +347,7 @@ def metric_inputs(images: dict[int, tuple]) -> tuple[list[dict], list[dict]]:
 def test_evaluate_metric_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_EVALUATE_OFFLINE", "1")
     images = {i: random_image(i, 7, 30) for i in range(1, 13)}
+    images[12] = images[12][0] * np.float32([1, 1, 1, 1, 1, 0]), np.zeros((0, 7))  # the last one shows class 0 alone
     evaluator = CocoEvaluator([str(c) for c in range(7)])
     fill(evaluator, list(images), images)
     expected = {name: value for name, value in evaluator.compute().items() if name in STATS}

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -16,7 +17,7 @@ from asd_hf.criterion import TransformersCriterion
 from asd_hf.detectors import get_adapter
 from asd_hf.distiller import Distiller
 from asd_hf.errors import UserError
-from asd_hf.fast_criterion import use_fast_criterion
+from asd_hf.fast_criterion import _cardinality_error, use_fast_criterion
 from asd_hf.trainer import make_criterion
 from tests import tiny
 from tests.families import FAMILIES, STUDENTS
@@ -100,18 +101,36 @@ def judged(loss_function, args, kwargs):
 
 
 @pytest.mark.parametrize("family", ["d_fine", "lw_detr"])
-def test_double_precision_gives_the_same(family):
+def test_precision_is_that_of_fp32_or_of_wider_predictions(family):
     model = use_fast_criterion(detector(family).train())
     _, args, kwargs = called_with(model, tiny.batch(4, sizes=((96, 96),)))
-    loss, *_ = model.loss_function(*args, **kwargs)
 
-    def double(value):
-        return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+    def loss_of(args, kwargs):
+        return model.loss_function(*args, **kwargs)[0]
 
-    args = [double(value) for value in args]
-    args[1] = [label | {"boxes": label["boxes"].double()} for label in args[1]]
-    exact, *_ = model.loss_function(*args, **{name: double(value) for name, value in kwargs.items()})
-    assert exact.dtype == torch.float64 and exact.item() == pytest.approx(loss.item(), rel=1e-5)
+    def cast(dtype, args, kwargs):
+        def to(value):
+            return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+
+        labels = [label | {"boxes": label["boxes"].to(dtype)} for label in args[1]]
+        return [labels if value is args[1] else to(value) for value in args], {k: to(v) for k, v in kwargs.items()}
+
+    exact = loss_of(*cast(torch.float64, args, kwargs))
+    assert exact.dtype == torch.float64 and exact.item() == pytest.approx(loss_of(args, kwargs).item(), rel=1e-5)
+    args, kwargs = cast(torch.bfloat16, args, kwargs)
+    assert torch.equal(loss_of(args, kwargs), loss_of(*cast(torch.float32, args, kwargs)))
+
+
+def test_cardinality_error_equals_a_loop():
+    logits, counts = torch.randn(2, 3, 10, 4, generator=torch.Generator().manual_seed(0)), [0, 3, 7]
+    for activation in ("sigmoid", "softmax"):
+        found = _cardinality_error(logits, torch.tensor(counts).float(), activation)
+        for layer, error in zip(logits, found.tolist(), strict=True):
+            objects = [
+                sum(max(query) > 0 if activation == "sigmoid" else query.index(max(query)) < 3 for query in image)
+                for image in layer.tolist()
+            ]
+            assert error == pytest.approx(sum(abs(n - c) for n, c in zip(objects, counts, strict=True)) / 3)
 
 
 STOCK = [name for name in STUDENTS if name != "adamixer"]  # whose loss is in Transformers
@@ -262,6 +281,16 @@ def test_without_labelled_images_transformers_loss_is_zero():
     labels = [label | {"labelled": False} for label in batch["labels"]]
     losses = TransformersCriterion(student.model)(output, labels)
     assert set(losses) == {"loss_ce", "loss_bbox", "loss_giou"} and not any(losses.values())
+
+
+def test_transformers_loss_of_bf16_predictions_is_computed_in_fp32():
+    student = get_adapter(detector("detr"), FAMILIES["detr"]()[1])
+    batch = tiny.batch(2)
+    output = student(batch["pixel_values"], batch["pixel_mask"])
+    halves = replace(output, logits=output.logits.bfloat16(), boxes=output.boxes.bfloat16())
+    exact = replace(output, logits=halves.logits.float(), boxes=halves.boxes.float())
+    losses, expected = (TransformersCriterion(student.model)(x, batch["labels"]) for x in (halves, exact))
+    assert all(torch.equal(losses[name], value) for name, value in expected.items())
 
 
 def work(rank, world, path):

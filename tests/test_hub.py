@@ -104,6 +104,8 @@ SECRETS = {
     "https://me:word@host/data?x=1": "https://***@host/data?x=1",
     "s3://word@bucket": "s3://***@bucket",
     "https://host/data?a=1&api_token=word&b=2": "https://host/data?a=1&api_token=***&b=2",
+    "https://host/data?sv=1&sig=word": "https://host/data?sv=1&sig=***",
+    "https://host/data#access_token=word": "https://host/data#access_token=***",
     f"see hf_{'word' * 9}!": "see ***!",
 }
 
@@ -118,7 +120,16 @@ def test_secrets_are_neither_shown_nor_kept(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["shapes?num_train=64&seed=1", "me@host", "hf_short", "https://host/a:b/c@d", "a://b"]
+    "text",
+    [
+        "shapes?num_train=64&seed=1",
+        "data/coco#unlabelled",
+        "https://host/?design=1",
+        "me@host",
+        "hf_short",
+        "https://host/a:b/c@d",
+        "a://b",
+    ],
 )
 def test_what_is_no_secret_stays(text):
     assert secret_of(text, "data") is None and without_secrets(text) == text

@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 import yaml
 from safetensors.torch import load_file
 
-from asd_hf.checkpoints import PARTIAL, all_checkpoints, read_manifest
+from asd_hf.checkpoints import all_checkpoints, read_manifest
 from asd_hf.commands import run
 from asd_hf.config import build_config
 from asd_hf.data import open_source, shard_dataset
@@ -227,7 +227,10 @@ def on_rank(rank: int, folder: Path, answers) -> None:
 
 
 def test_ranks_that_do_not_share_the_output_folder_stop(tmp_path):
-    require_shared(tmp_path / "nowhere")  # alone
+    require_shared(tmp_path / "alone")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/run cannot be written: \[Errno 20\] Not a directory"):
+        require_shared(tmp_path / "file/run")
     with mp.Manager() as manager:
         answers = manager.list()
         mp.start_processes(on_rank, (tmp_path, answers), nprocs=2, start_method="fork")
@@ -235,7 +238,7 @@ def test_ranks_that_do_not_share_the_output_folder_stop(tmp_path):
         assert sorted(answers) == [
             line + "training.output_dir must be a folder that all machines share" for line in lines
         ]
-    assert not list((tmp_path / "shared" / PARTIAL).iterdir()) and not (tmp_path / "nowhere").exists()
+    assert not list((tmp_path / "shared").iterdir()) and not list((tmp_path / "alone").iterdir())
 
 
 def test_more_readers_than_rows_are_refused(world, capsys):

@@ -56,6 +56,7 @@ def test_noise_is_a_hash_of_image_step_stream_and_place():
 def test_noise_does_not_depend_on_the_batch_its_order_or_its_size():
     ids = torch.tensor([5, 3, 9, 1])
     drawn = uniform_noise(ids, 11, (6, 8))
+    assert torch.equal(uniform_noise(ids, 11, (6, 8), 0), drawn)
     assert torch.equal(uniform_noise(ids.flip(0), 11, (6, 8)), drawn.flip(0))
     assert torch.equal(uniform_noise(ids[1:2], 11, (6, 8)), drawn[1:2])
     assert torch.equal(uniform_noise(ids, 11, (9, 20))[:, :6, :8], drawn)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from importlib import import_module
 
 from transformers.utils.logging import disable_progress_bar
 
-from ..errors import UserError
+from ..errors import UserError, without_secrets
 from ..progress import QUIET
 from ..ranks import heard
 from ..registry import nearest
@@ -34,13 +35,15 @@ COMMANDS = {
     "make-shapes": "write the generated data set as a COCO folder",
     "convert-adamixer": "turn a checkpoint of the original AdaMixer into one of Transformers' form",
 }
+# A disk that is full, a folder that is closed to us, a name that stands for something else
+OF_FILES = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EEXIST", "ENOTDIR", "EISDIR", "ENAMETOOLONG")
 
 
 def run(command: str, argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
-    A user's mistake is one line on stderr and exit code 2; SIGTERM and SIGINT are one line, and 143 and 130. Every
-    command takes `--quiet`.
+    A user's mistake, a full disk and a file that cannot be opened are one line on stderr and exit code 2; SIGTERM and
+    SIGINT are one line, and 143 and 130. Every command takes `--quiet`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--quiet" in argv:
@@ -53,6 +56,12 @@ def run(command: str, argv: list[str] | None = None) -> int:
             return main(argv) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if errno.errorcode.get(error.errno) not in OF_FILES:
+            raise
+        place = "" if error.filename is None else f"{error.filename}: "
+        print(f"error: {without_secrets(f'{place}{error.strerror}')}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":

@@ -180,9 +180,14 @@ def _read(file: Path, keys: Sequence[str]) -> tuple[bytes, dict[str, list], list
         if key in parts and not parts[key]:
             raise UserError(f"{file} has no {key}")
     try:
-        categories = sorted((int(category["id"]), str(category["name"])) for category in parts.get("categories", []))
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{file}: every category needs an integer id and a name") from error
+        categories = [(category["id"], category["name"]) for category in parts.get("categories", [])]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file}: every category needs an id and a name") from error
+    for category_id, name in categories:
+        if not is_whole(category_id) or not is_text(name):
+            what = f"category {category_id!r:.80} with the name {name!r:.80}"
+            raise UserError(f"{file}: {what}: its id must be an integer below 2^62, and its name a text")
+    categories.sort()
     ids, names = [category_id for category_id, _ in categories], [name for _, name in categories]
     for what, values in (("id", ids), ("name", names)):
         if len(set(values)) < len(values):

@@ -9,6 +9,8 @@ annotated, which is another thing than one without objects. A reader that is tol
 
 from __future__ import annotations
 
+import errno
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +75,20 @@ def read_rows(stream: datasets.IterableDataset, batch_size: int = READ_BATCH) ->
         columns = list(batch)
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(columns, values, strict=True))
+
+
+def encoded(image: dict[str, Any]) -> bytes:
+    """The bytes of the `image` of a row.
+
+    Raises:
+        OSError: its file is missing or cannot be read, or is a pipe or a device, which may have no end.
+    """
+    if image["bytes"] is not None:
+        return image["bytes"]
+    path = Path(image["path"])
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise IsADirectoryError(errno.EISDIR, "it is no file, but a folder, a pipe or a device", str(path))
+    return path.read_bytes()
 
 
 def cut_evenly(num_rows: int, num_shards: int) -> list[int]:

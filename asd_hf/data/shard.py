@@ -21,7 +21,7 @@ from PIL import Image
 from ..errors import UserError
 from ..files import checksum, write_whole
 from ..progress import tqdm
-from .rows import Source, cut_evenly, read_rows
+from .rows import Source, cut_evenly, encoded, read_rows
 
 ROWS_PER_SHARD = 1000
 ROW_GROUP = 64  # rows written, and later read, at a time
@@ -121,10 +121,14 @@ def _finished_shards(file: Path, partial: Path, manifest: dict[str, Any], num_sh
     listed = next((path for path in (partial, file) if path.is_file()), None)
     if listed is None:
         return {}
-    before = json.loads(listed.read_text())
-    if any(before[key] != manifest[key] for key in manifest if key != "shards"):
+    try:
+        before = json.loads(listed.read_text())
+        names = [shard["file"] for shard in before["shards"]]
+        same = all(before[key] == manifest[key] for key in manifest if key != "shards")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{listed} cannot be read: delete it, and all shards are written anew") from error
+    if not same:
         raise UserError(f"{listed} belongs to other data: delete {listed.parent} or name another folder")
-    names = [shard["file"] for shard in before["shards"]]
     if names and not names[0].endswith(f"-of-{num_shards:05d}.parquet"):
         raise UserError(f"{listed} has another number of shards than {num_shards}: name another folder")
     return {shard["file"]: shard for shard in before["shards"]}
@@ -153,7 +157,7 @@ def _stored(row: dict[str, Any]) -> dict[str, Any]:
     image, path = row["image"], row["image"]["path"]
     name = f"image {row['image_id']} ({path or 'no file name'})"
     try:
-        data = Path(path).read_bytes() if image["bytes"] is None else image["bytes"]
+        data = encoded(image)
         width, height = row["width"], row["height"]
         if width is None or height is None:
             width, height = Image.open(io.BytesIO(data)).size

@@ -23,7 +23,7 @@ from PIL import Image
 
 from ..errors import UserError
 from .cache import digest
-from .faults import NOTES, BadRow, bad_row, box_note, is_number, is_whole
+from .faults import NOTES, BadRow, bad_row, box_note, is_number, is_text, is_whole
 from .rows import MAX_SHARDS, Source, cut_evenly, read_rows, stream_of
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,8 @@ ARCHIVES = ("zip://", "tar://", "gzip://")  # of the Hub's data sets that images
 BOXES_TO_DETECT = 1000
 MAX_RELATIVE = 2  # first boxes without a larger number are not in pixels; relative ones may reach a little beyond 1
 FOOTERS_AT_A_TIME = 16
-MISUNDERSTOOD = (TypeError, ValueError, AttributeError, OverflowError)  # raised by rows of another form than expected
+# Raised by rows of another form than expected
+MISUNDERSTOOD = (TypeError, ValueError, LookupError, AttributeError, OverflowError)
 UNKNOWN_LENGTH = 1 << 32  # rows that a shard of unknown length is taken to have, to number rows without image_id
 
 
@@ -172,6 +173,8 @@ def _open_parquet(folder: Path, split: str, files: list[Path]) -> Raw:
             lengths.append(pq.read_metadata(file).num_rows)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{file} is no Parquet file: {_first_line(error)}") from error
+    if not sum(lengths):
+        raise UserError(f"{folder}: split {split!r} has no rows")
     named = {"data_files": {split: [str(file) for file in files]}, "split": split, "streaming": True}
     stream = datasets.load_dataset("parquet", **named).decode(False)
     columns = [column for column in stream.column_names if column not in IMAGE_COLUMNS]
@@ -205,12 +208,13 @@ def _read_tars(files: list[str], with_images: bool = True, labelled: bool = True
     they are `labelled`. A sample is {"row", "fault"}, the latter saying why its JSON cannot be read, if so.
     """
     for file in files:
+        empty = True
         try:
             with tarfile.open(file, "r|*") as archive:
                 members = ((member, *_key_and_suffix(member.name)) for member in archive if member.isfile())
                 for key, group in itertools.groupby(members, key=lambda item: item[1]):
                     row: dict[str, Any] = {}
-                    fault = None
+                    fault, empty = None, False
                     for member, _, suffix in group:
                         if suffix == "json":
                             fault = _add_json(row, archive.extractfile(member).read())
@@ -221,6 +225,8 @@ def _read_tars(files: list[str], with_images: bool = True, labelled: bool = True
                     yield {"row": row, "fault": fault and f"{file}: sample {key!r} {fault}"}
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
             raise UserError(f"{file} cannot be read: {_first_line(error)}") from error
+        if empty:  # as is a file of zeros, which a crash of the machine may leave
+            raise UserError(f"{file} holds no samples")
 
 
 def _add_json(row: dict[str, Any], text: bytes) -> str | None:
@@ -287,13 +293,20 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text())
         names = manifest["class_names"]
-        paths = [PurePosixPath(shard["file"]) for shard in manifest.get("shards", ())]
-    except (ValueError, KeyError, TypeError) as error:
+        ids = manifest.get("category_ids", list(range(len(names))))
+        shards = [(PurePosixPath(s["file"]), s["bytes"], s["sha256"]) for s in manifest.get("shards", ())]
+        if not (isinstance(names, list) and all(map(is_text, names)) and all(map(is_whole, ids))):
+            raise TypeError("class_names must be texts and category_ids integers")
+        if len(set(names)) < len(names) or len(set(ids)) < len(ids):
+            raise ValueError("two classes have one name or category id")
+        if (form := manifest.get("box_format")) not in (None, "xywh", "xyxy"):
+            raise ValueError(f"box_format is {form!r}, not xywh or xyxy")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is no manifest: {type(error).__name__}: {error}") from error
-    if any(path.is_absolute() or ".." in path.parts for path in paths):
+    if any(path.is_absolute() or ".." in path.parts for path, *_ in shards):
         raise UserError(f"{file} lists a shard outside its folder")
-    if len(manifest.get("category_ids", names)) != len(names):
-        raise UserError(f"{file} has {len(names)} class_names but {len(manifest['category_ids'])} category_ids")
+    if len(ids) != len(names):
+        raise UserError(f"{file} has {len(names)} class_names but {len(ids)} category_ids")
     return manifest
 
 
@@ -383,14 +396,14 @@ class TableReader:
             boxes[index] = [x, y, w, h]
         categories = []
         for category in objects["category"]:
-            if category not in self.known:
+            if isinstance(category, bool) or category not in self.known:  # to Python, true is 1
                 classes = len(set(self.known.values()))
                 raise BadRow("category", f"{name}: category {category!r:.80} is not among the {classes} classes")
             categories.append(self.known[category])
         self._warn(boxes, size, name)
         count = len(boxes)
-        area = [w * h for _, _, w, h in boxes] if objects["area"] is None else list(map(float, objects["area"]))
-        crowd = [0] * count if objects["iscrowd"] is None else list(map(int, objects["iscrowd"]))
+        area = [w * h for _, _, w, h in boxes] if objects["area"] is None else list(objects["area"])
+        crowd = [0] * count if objects["iscrowd"] is None else list(objects["iscrowd"])
         if {len(categories), len(area), len(crowd)} != {count}:
             raise BadRow(
                 "row",
@@ -398,6 +411,7 @@ class TableReader:
             )
         if not all(map(is_number, area)) or not {0, 1}.issuperset(crowd):
             raise BadRow("box", f"{name}: every area must be a finite number and every iscrowd 0 or 1")
+        area, crowd = list(map(float, area)), list(map(int, crowd))
         return {"bbox": boxes, "category": categories, "area": area, "iscrowd": crowd}
 
     def _warn(self, boxes: list[list[float]], size: tuple[int | None, int | None], name: str) -> None:

@@ -10,7 +10,6 @@ import io
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +24,7 @@ from transformers.image_transforms import get_size_with_aspect_ratio
 from ..errors import UserError
 from .config import DataConfig, teacher_view
 from .faults import BadRow
+from .rows import encoded
 
 FAULTS_OF_NAMES = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)  # not of the machine
 ORIENTATION = 0x0112  # the EXIF tag
@@ -233,8 +233,10 @@ def decode(row: dict[str, Any]) -> Tensor:
     """
     image, name = row["image"], _name(row)
     try:
-        data = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+        data = encoded(image)
         with Image.open(io.BytesIO(data)) as file:
+            if file.format == "EPS":  # Pillow has it run by Ghostscript
+                raise BadRow("broken image", f"{name} is PostScript, a program: convert it to PNG or JPEG")
             if file.mode.startswith(DEEP_MODES):
                 why = f"{name} has more than 8 bits a channel (mode {file.mode}): convert it to 8 bits"
                 raise BadRow("deep image", why)
