@@ -19,7 +19,7 @@ def is_quiet() -> bool:
 
 def terminal_width() -> int:
     """Columns of the terminal; what goes elsewhere, into a file, is not folded."""
-    return shutil.get_terminal_size((10_000, 24)).columns
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
 
 
 class tqdm(auto.tqdm):

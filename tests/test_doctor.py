@@ -250,9 +250,9 @@ def test_terms_of_several_methods_have_their_own_knobs(places, tmp_path, capsys)
 
 def test_findings_are_folded_to_the_terminal(monkeypatch):
     finding = Finding("input sizes", CHECK, "pixels " * 30, "another size, " * 6)
-    monkeypatch.delenv("COLUMNS", raising=False)
-    assert len(format_findings([finding]).splitlines()) == 2
     monkeypatch.setenv("COLUMNS", "80")
+    assert len(format_findings([finding]).splitlines()) == 2  # into a file
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     lines = format_findings([finding]).splitlines()
     assert len(lines) > 4 and max(map(len, lines)) <= 80 and all(line[20:].strip() for line in lines)
     assert [line[:20].strip() for line in lines[1:]] == [""] * (len(lines) - 1)
