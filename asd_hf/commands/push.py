@@ -127,8 +127,8 @@ def _space(name: str, shared: Package, requirement: str | None) -> Package:
     if requirement is None:
         remarks.append(
             "its requirements.txt asks for a release of asd_hf, which was installed here from a folder, or from an "
-            "address with a password or token: where no index has this version, --requirement 'asd-hf[demo] @ ADDRESS' "
-            "names a wheel or a Git repository that the Hub can reach"
+            "address with a password or token: where no index has this version, "
+            "--requirement 'asd-hf[demo] @ ADDRESS' names a wheel or a Git repository that the Hub can reach"
         )
     return Package(space_files(name, license=license, requirement=requirement), remarks)
 
