@@ -19,10 +19,11 @@ from torch.autograd.function import once_differentiable
 
 STOCK = "MultiScaleDeformableAttention"  # Transformers' name for it in every family, of one signature
 MOST = 2**31  # indices are of 32 bits
+CELLS = 8  # a query; with more, as in most decoders, `grid_sample` is faster, which does not pass over all cells
 
 
 def use_fast_deformable_attention(model: nn.Module) -> nn.Module:
-    """Lets a Transformers detector sample its maps by `sample_levels` wherever they are on a CPU.
+    """Lets a Transformers detector sample its maps by `sample_levels` where they are on a CPU and many queries look.
 
     Elsewhere, and where the model is compiled or exported, Transformers' own code runs as before. It concerns families
     whose attention is a `MultiScaleDeformableAttention`: Deformable DETR, RT-DETR, LW-DETR, RF-DETR, Grounding DINO.
@@ -39,7 +40,8 @@ def use_fast_deformable_attention(model: nn.Module) -> nn.Module:
 
 
 class FastDeformableAttention(nn.Module):
-    """Takes the place of Transformers' module `stock`, and leaves to it what is not on a CPU, empty, or huge."""
+    """Takes the place of Transformers' module `stock`, and leaves to it what is not on a CPU, empty, or huge, and what
+    has few queries for its maps."""
 
     def __init__(self, stock: nn.Module) -> None:
         super().__init__()
@@ -57,7 +59,8 @@ class FastDeformableAttention(nn.Module):
     ) -> Tensor:
         """See `sample_levels`; arguments as `stock` takes them."""
         elsewhere = value.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if elsewhere or not (0 < 4 * attention_weights.numel() < MOST and value.numel() < MOST):
+        fits = 0 < 4 * attention_weights.numel() < MOST and value.numel() < MOST
+        if elsewhere or not fits or value.shape[1] > CELLS * sampling_locations.shape[1]:
             return self.stock(
                 value,
                 value_spatial_shapes,

@@ -144,6 +144,17 @@ def test_compiled_it_is_left_to_transformers():
     torch.testing.assert_close(exported.module()(*arguments), usual)
 
 
+def test_few_queries_for_large_maps_are_left_to_transformers():
+    module = FastDeformableAttention(MultiScaleDeformableAttention())
+    ran = []
+    module.stock.register_forward_hook(lambda *_: ran.append("stock"))
+    value, points, weights = inputs()
+    least = -(-value.shape[1] // deformable_attention.CELLS)
+    for queries, stock_runs in ((least, 0), (least - 1, 1)):
+        module(value, None, SIZES, None, points[:, :queries], weights[:, :queries], 64)
+        assert len(ran) == stock_runs
+
+
 def test_what_is_empty_or_too_much_for_its_indices_is_left_to_transformers(monkeypatch):
     module = FastDeformableAttention(MultiScaleDeformableAttention())
     value, points, weights = inputs()
