@@ -329,9 +329,8 @@ def test_deformable_attention_is_measured_against_transformers_and_equal(tmp_pat
     sizes = ["--image-size", "64", "--queries", "15", "--rounds", "1"]
     assert run("benchmark", ["attention", *sizes, "--json", str(numbers)]) == 0
     rows, shown = json.loads(numbers.read_text()), capsys.readouterr().out
-    names = [
-        f"{at} queries: {what}" for at in ("encoder, 85", "decoder, 15") for what in ("forward", "forward and backward")
-    ]
+    layers, passes = ("encoder, 85", "decoder, 15"), ("forward", "forward and backward")
+    names = [f"{layer} queries: {what}" for layer in layers for what in passes]
     assert [row["name"] for row in rows] == names
     for row in rows:
         assert 0 < row["difference"] < 1e-5 and row["ours_ms"] > 0 and f"| {row['name']} " in shown
