@@ -139,7 +139,9 @@ class TrainingConfig(TrainingArguments):
                 raise UserError(f"training.metric_for_best_model {name!r} is unknown: {nearest(name, metrics)}")
         for name in self.report_to:
             if name not in INTEGRATION_TO_CALLBACK:
-                raise UserError(f"training.report_to {name!r} is unknown: {nearest(name, INTEGRATION_TO_CALLBACK)}")
+                raise UserError(
+                    f"training.report_to {name!r} is unknown: {nearest(str(name), INTEGRATION_TO_CALLBACK)}"
+                )
             if name not in get_available_reporting_integrations():
                 raise UserError(f"training.report_to is {name}, which is not installed: pip install {name}")
         for name in ("use_liger_kernel", "auto_find_batch_size", "label_smoothing_factor", "neftune_noise_alpha"):

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 STOCK = "MultiScaleDeformableAttention"  # Transformers' name for it in every family, of one signature
+MOST = 2**31  # indices are of 32 bits
+CELLS = 8  # a query; with more, as in most decoders, `grid_sample` is faster, which does not pass over all cells
 
 
 def use_fast_deformable_attention(model: nn.Module) -> nn.Module:
-    """Lets a Transformers detector sample its maps by `sample_levels` wherever they are on a CPU.
+    """Lets a Transformers detector sample its maps by `sample_levels` where they are on a CPU and many queries look.
 
     Elsewhere, and where the model is compiled or exported, Transformers' own code runs as before. It concerns families
     whose attention is a `MultiScaleDeformableAttention`: Deformable DETR, RT-DETR, LW-DETR, RF-DETR, Grounding DINO.
@@ -37,7 +40,8 @@ def use_fast_deformable_attention(model: nn.Module) -> nn.Module:
 
 
 class FastDeformableAttention(nn.Module):
-    """Takes the place of Transformers' module `stock`, and leaves to it what is not on a CPU."""
+    """Takes the place of Transformers' module `stock`, and leaves to it what is not on a CPU, empty, or huge, and what
+    has few queries for its maps."""
 
     def __init__(self, stock: nn.Module) -> None:
         super().__init__()
@@ -54,7 +58,9 @@ class FastDeformableAttention(nn.Module):
         im2col_step: int,
     ) -> Tensor:
         """See `sample_levels`; arguments as `stock` takes them."""
-        if value.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        elsewhere = value.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing()
+        fits = 0 < 4 * attention_weights.numel() < MOST and value.numel() < MOST
+        if elsewhere or not fits or value.shape[1] > CELLS * sampling_locations.shape[1]:
             return self.stock(
                 value,
                 value_spatial_shapes,
@@ -78,10 +84,12 @@ def sample_levels(value: Tensor, sizes: Sequence[tuple[int, int]], points: Tenso
 
     Returns:
         (B, Q, H * D), in the widest precision of the three, computed in fp32 at least. Differentiable once.
+        Nothing may be empty, and `value` and 4 x `weights` must have fewer than 2^31 elements.
     """
     kind = torch.promote_types(value.dtype, torch.promote_types(points.dtype, weights.dtype))
     exact = torch.promote_types(kind, torch.float32)
-    return _SampleLevels.apply(value.to(exact), points.to(exact), weights.to(exact), tuple(sizes)).to(kind)
+    value, points, weights = (x.to(exact).contiguous() for x in (value, points, weights))
+    return _SampleLevels.apply(value, points, weights, tuple(sizes)).to(kind)
 
 
 class _SampleLevels(torch.autograd.Function):
@@ -153,13 +161,21 @@ def _along(position: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _products(gradient: Tensor, table: Tensor, index: Tensor) -> Tensor:
     """The product of each bag's gradient (N, D) with each of its rows `index` (N, K) of `table` (R, D): (N * K)."""
+    _hear_of_beta()
     ends = torch.arange(0, index.numel() + 1, index.shape[1], dtype=torch.int32)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        pattern = torch.sparse_csr_tensor(
-            ends, index.view(-1), gradient.new_zeros(index.numel()), (len(index), len(table)), check_invariants=False
-        )
+    pattern = torch.sparse_csr_tensor(
+        ends, index.view(-1), gradient.new_zeros(index.numel()), (len(index), len(table)), check_invariants=False
+    )
     return torch.sparse.sampled_addmm(pattern, gradient, table.t(), beta=0.0).values()
+
+
+@cache
+def _hear_of_beta() -> None:
+    """PyTorch says once a process that sparse tensors are in beta: here, unseen. (To catch warnings in each step would
+    make Python show others, which it shows once, in each step.)"""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.eye(1).to_sparse_csr()
 
 
 def _to_value(ctx, gradient: Tensor, cell: Tensor, share: Tensor) -> Tensor:

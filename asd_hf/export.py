@@ -253,10 +253,10 @@ def compare(batches: Iterable[dict], ours: CanvasDetector, reference: CanvasDete
         found.logits = max(found.logits, _largest(a.logits - b.logits))
         found.pred_boxes = max(found.pred_boxes, _largest(a.boxes - b.boxes))
         rows = []
-        for output in (a, b):
+        for output, none in ((a, float("inf")), (b, -float("inf"))):
             logits = output.logits[0]
             row = torch.cat([output.boxes[0], logits.softmax(-1) if softmax else logits.sigmoid()], -1)
-            rows.append(row.nan_to_num(nan=float("inf")))  # cdist passes over what is no number
+            rows.append(row.nan_to_num(nan=none))  # cdist passes over what is no number
         far = torch.cdist(*rows, p=float("inf")) > NEAR  # (B, Q, Q)
         lost += sum(far.all(dim).sum().item() for dim in (1, 2))
         queries += 2 * far.shape[0] * far.shape[1]

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from huggingface_hub import SpaceCardData
 
 from . import __version__
+from .errors import SECRET
 
 GRADIO = "6.31.0"
 PYTHON = "3.11"  # the Hub's own choice is older than this package takes
@@ -65,14 +66,15 @@ def space_files(
 
 
 def installed_requirement() -> str | None:
-    """How pip gets this package elsewhere as it was got here; None where it came from a folder of this machine."""
+    """How pip gets this package elsewhere as it was got here; None where it came from a folder of this machine, or
+    from an address with credentials, which a Space would show to everyone."""
     try:
         origin = json.loads(distribution("asd-hf").read_text("direct_url.json") or "{}")
     except PackageNotFoundError:  # a folder on PYTHONPATH
         return None
     url = origin.get("url", "")
+    if url.startswith("file:") or SECRET.search(url):
+        return None
     if "vcs_info" in origin:
         return f"asd-hf[demo] @ {origin['vcs_info']['vcs']}+{url}@{origin['vcs_info']['commit_id']}"
-    if url.startswith("file:"):
-        return None
     return f"asd-hf[demo] @ {url}" if url else f"asd-hf[demo]=={__version__}"

@@ -464,6 +464,8 @@ def test_what_cannot_be_written_is_one_line(tmp_path, capsys, monkeypatch):
     arguments = [str(root), "--split", "train", "--workers", "1", "--json"]
     assert run("check-data", [*arguments, str(tmp_path / "file/found.json")]) == 2
     assert f"error: {tmp_path / 'file'}: File exists\n" in capsys.readouterr().err
+    assert run("check-data", [*arguments, str(tmp_path / "file/a\x1b[2J\n")]) == 2
+    assert f"error: {tmp_path / 'file'}" in (err := capsys.readouterr().err) and "\x1b" not in err
     assert run("check-data", [*arguments, "/dev/full"]) == 2  # a disk without room
     assert "error: No space left on device\n" in capsys.readouterr().err
     monkeypatch.setenv("ASD_HF_CACHE", str(tmp_path / "file/cache"))

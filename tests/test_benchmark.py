@@ -326,12 +326,11 @@ def test_a_method_s_own_work_is_measured_on_fixed_outputs(tmp_path, capsys, monk
 
 def test_deformable_attention_is_measured_against_transformers_and_equal(tmp_path, capsys):
     numbers = tmp_path / "a.json"
-    sizes = ["--image-size", "64", "--queries", "5", "--rounds", "1"]
+    sizes = ["--image-size", "64", "--queries", "15", "--rounds", "1"]
     assert run("benchmark", ["attention", *sizes, "--json", str(numbers)]) == 0
     rows, shown = json.loads(numbers.read_text()), capsys.readouterr().out
-    names = [
-        f"{at} queries: {what}" for at in ("encoder, 85", "decoder, 5") for what in ("forward", "forward and backward")
-    ]
+    layers, passes = ("encoder, 85", "decoder, 15"), ("forward", "forward and backward")
+    names = [f"{layer} queries: {what}" for layer in layers for what in passes]
     assert [row["name"] for row in rows] == names
     for row in rows:
         assert 0 < row["difference"] < 1e-5 and row["ours_ms"] > 0 and f"| {row['name']} " in shown

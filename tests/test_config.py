@@ -100,6 +100,7 @@ def test_a_student_can_be_named_or_described(tmp_path):
         ("training: {metric_for_best_model: eval_ap50}", [], "_model 'ap50' is unknown: choose one of AP, AP50"),
         ("training: {metric_for_best_model: ema_AP}", [], "metric_for_best_model 'ema_AP' is unknown"),
         ("training: {report_to: wandbb}", [], "training.report_to 'wandbb' is unknown: did you mean 'wandb'?"),
+        ("training: {report_to: null}", [], "training.report_to None is unknown: choose one of"),
         ("training: {report_to: neptune}", [], "training.report_to is neptune, which is not installed"),
         ("model: {}", ["training.max_steps"], "is not of the form section.key=value"),
         ("model: {}", ["max_steps=3"], "is not of the form section.key=value"),

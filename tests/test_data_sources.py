@@ -65,6 +65,22 @@ def test_coco_folder(tmp_path, images):
     assert [(r["width"], r["height"]) for r in found] == [(r["width"], r["height"]) for r in ROWS]
 
 
+def test_a_missing_image_is_not_taken_from_another_split(tmp_path):
+    write_coco(tmp_path, "val", ROWS)
+    name = Path(read(open_source(str(tmp_path), "val"))[0]["image"]["path"]).name
+    for place in ("images", "."):
+        (tmp_path / place).mkdir(exist_ok=True)
+        (tmp_path / place / name).write_bytes((tmp_path / "val" / name).read_bytes())
+    (tmp_path / "val" / name).unlink()
+    found = read(open_source(str(tmp_path), "val"))
+    assert {Path(row["image"]["path"]).parent for row in found} == {tmp_path / "val"}
+    file = tmp_path / "annotations/instances_val.json"
+    file.write_text(file.read_text().replace('"file_name": "', '"file_name": "val/'))  # names that begin in the root
+    (tmp_path / name).rename(tmp_path / "val" / name)
+    found = read(open_source(str(tmp_path), "val"))
+    assert [Path(row["image"]["path"]).read_bytes() for row in found] == [row["jpeg"] for row in ROWS]
+
+
 def test_annotations_among_the_images(tmp_path):
     write_coco(tmp_path, "valid", ROWS)
     (tmp_path / "annotations/instances_valid.json").rename(tmp_path / "valid/_annotations.coco.json")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
 
-from asd_hf import use_fast_deformable_attention
+from asd_hf import deformable_attention, use_fast_deformable_attention
 from asd_hf.deformable_attention import FastDeformableAttention, sample_levels
 from tests import tiny
 from tests.families import FAMILIES
@@ -92,6 +93,12 @@ def test_what_is_not_a_number_stays_in_its_query():
     assert found[1, 4].isnan().all() and found.isnan().sum() == found[1, 4].numel()
 
 
+def test_tensors_may_lie_in_any_order():
+    value, points, weights = (x.detach() for x in inputs())
+    turned = [x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in (value, points, weights)]
+    torch.testing.assert_close(with_gradients(fast, turned), with_gradients(stock, turned), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_precision_has_the_same_type(autocast):
     value, points, weights = (x.detach() for x in inputs(dtype=torch.float32 if autocast else torch.bfloat16))
@@ -135,3 +142,40 @@ def test_compiled_it_is_left_to_transformers():
     exported = torch.export.export(FastDeformableAttention(MultiScaleDeformableAttention()), arguments)
     assert any("grid_sampler" in str(node.target) for node in exported.graph.nodes)
     torch.testing.assert_close(exported.module()(*arguments), usual)
+
+
+def test_few_queries_for_large_maps_are_left_to_transformers():
+    module = FastDeformableAttention(MultiScaleDeformableAttention())
+    ran = []
+    module.stock.register_forward_hook(lambda *_: ran.append("stock"))
+    value, points, weights = inputs()
+    least = -(-value.shape[1] // deformable_attention.CELLS)
+    for queries, stock_runs in ((least, 0), (least - 1, 1)):
+        module(value, None, SIZES, None, points[:, :queries], weights[:, :queries], 64)
+        assert len(ran) == stock_runs
+
+
+def test_what_is_empty_or_too_much_for_its_indices_is_left_to_transformers(monkeypatch):
+    module = FastDeformableAttention(MultiScaleDeformableAttention())
+    value, points, weights = inputs()
+    for part in ((value[:0], points[:0], weights[:0]), (value, points[:, :0], weights[:, :0])):
+        found = module(part[0], None, SIZES, None, *part[1:], 64)
+        assert found.shape == (len(part[0]), part[1].shape[1], HEADS * CHANNELS)
+        found.sum().backward()
+    ran = []
+    module.stock.register_forward_hook(lambda *_: ran.append("stock"))
+    for most, stock_runs in ((4 * weights.numel() + 1, 0), (4 * weights.numel(), 1), (value.numel(), 1)):
+        ran.clear()
+        monkeypatch.setattr(deformable_attention, "MOST", most)
+        module(value, None, SIZES, None, points, weights, 64)
+        assert len(ran) == stock_runs
+
+
+def test_what_python_shows_once_is_not_shown_in_each_step():
+    fast(*inputs()).sum().backward()
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            warnings.warn("once", stacklevel=1)
+            fast(*inputs()).sum().backward()
+    assert [str(warning.message) for warning in shown] == ["once"]

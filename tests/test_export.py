@@ -91,6 +91,7 @@ def test_queries_are_compared_whatever_their_order():
     logits[1, :10, 2] = float("inf")
     broken = compare(images, side(logits, moved), reference)
     assert broken.lost == pytest.approx(15 / 100) and broken.logits == broken.pred_boxes == float("inf")
+    assert compare(images, side(logits, moved), side(logits, moved)).lost == pytest.approx(15 / 100)  # PyTorch's too
 
 
 @pytest.mark.parametrize(

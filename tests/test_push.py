@@ -261,6 +261,9 @@ def test_the_requirement_of_a_space(run, tmp_path, capsys, monkeypatch):
     for origin, wanted in (
         ({"url": "https://host/asd_hf.git", "vcs_info": vcs}, "asd-hf[demo] @ git+https://host/asd_hf.git@1a2b\n"),
         ({"url": "https://host/asd_hf.whl", "archive_info": {}}, "asd-hf[demo] @ https://host/asd_hf.whl\n"),
+        ({"url": "https://host/asd_hf.whl?sig=1a2b", "archive_info": {}}, release),
+        ({"url": "https://me:word@host/asd_hf.git", "vcs_info": vcs}, release),
+        ({"url": "file:///home/me/asd_hf.git", "vcs_info": vcs}, release),
         ({"url": "file:///home/me/asd_hf.whl", "archive_info": {}}, release),
         ({"url": "file:///home/me/asd_hf", "dir_info": {"editable": True}}, release),
     ):
@@ -271,6 +274,9 @@ def test_the_requirement_of_a_space(run, tmp_path, capsys, monkeypatch):
     assert note not in capsys.readouterr().out
     push(run, "--dry-run", tmp_path / "other", "--requirement", "asd-hf[demo]>=9", code=2)
     assert "--requirement says something of --space" in capsys.readouterr().err
+    secret = "asd-hf[demo] @ https://me:word@host/asd_hf.whl"
+    push(run, "--space", "--dry-run", tmp_path / "other", "--requirement", secret, code=2)
+    assert "--requirement holds a password or token" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 def test_the_dry_run_overwrites_nothing(run, tmp_path, capsys):

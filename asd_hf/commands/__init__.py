@@ -9,7 +9,7 @@ from importlib import import_module
 
 from transformers.utils.logging import disable_progress_bar
 
-from ..errors import UserError, without_secrets
+from ..errors import UserError
 from ..progress import QUIET
 from ..ranks import heard
 from ..registry import nearest
@@ -61,7 +61,7 @@ def run(command: str, argv: list[str] | None = None) -> int:
         if errno.errorcode.get(error.errno) not in OF_FILES:
             raise
         place = "" if error.filename is None else f"{error.filename}: "
-        print(f"error: {without_secrets(f'{place}{error.strerror}')}", file=sys.stderr)
+        print(f"error: {UserError(f'{place}{error.strerror}')}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":

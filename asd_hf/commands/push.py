@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..compare.gain import gain
 from ..config import NO_METHOD
 from ..errors import UserError
-from ..hub import is_hub_id, public_config
+from ..hub import is_hub_id, public_config, secret_of
 from ..progress import show_logs
 from ..sharing import (
     Files,
@@ -65,6 +65,8 @@ def main(argv: list[str]) -> None:
         _check_name(flag, name)
     if args.requirement is not None and not args.space:
         raise UserError("--requirement says something of --space, which is not given")
+    if secret_of(args.requirement, "--requirement"):
+        raise UserError("--requirement holds a password or token, which the files of the Space would show to everyone")
     show_logs(rank=0)
     run = read_run(args.run)
     name = args.repo or run.name
@@ -124,9 +126,9 @@ def _space(name: str, shared: Package, requirement: str | None) -> Package:
     requirement, remarks = requirement or installed_requirement(), []
     if requirement is None:
         remarks.append(
-            "its requirements.txt asks for a release of asd_hf, which was installed here from a folder: where no "
-            "index has this version, --requirement 'asd-hf[demo] @ ADDRESS' names a wheel or a Git repository that "
-            "the Hub can reach"
+            "its requirements.txt asks for a release of asd_hf, which was installed here from a folder, or from an "
+            "address with a password or token: where no index has this version, "
+            "--requirement 'asd-hf[demo] @ ADDRESS' names a wheel or a Git repository that the Hub can reach"
         )
     return Package(space_files(name, license=license, requirement=requirement), remarks)
 

@@ -88,7 +88,8 @@ def open_coco(root: Path, split: str, labelled: bool = True, keep_bad: bool = Fa
     """The split of `root/annotations/instances_<split>.json`, or of `root/<split>/_annotations.coco.json`.
 
     File names begin in the first of `root/<split>/`, `root/images/<split>/`, `root/images/` and `root` that has the
-    first image. Boxes without area (or outside their image) stay in the ground truth but give no label in training,
+    first image; where one of the first two is there, the image must lie in it, whatever the others have by its name.
+    Boxes without area (or outside their image) stay in the ground truth but give no label in training,
     and boxes that reach beyond their image are cut; both are counted in a warning. A missing `area` is the box's own,
     a missing `iscrowd` is 0.
 
@@ -138,12 +139,13 @@ def open_coco(root: Path, split: str, labelled: bool = True, keep_bad: bool = Fa
 
 def _image_folder(root: Path, split: str, file_name: str) -> Path:
     folders = [root / split, root / "images" / split, root / "images", root]
+    own = [folder for folder in folders[:2] if folder.is_dir()]
     for folder in folders:
-        if (folder / file_name).is_file():
+        file = folder / file_name
+        if file.is_file() and (not own or any(file.is_relative_to(place) for place in own)):
             return folder
-    for folder in folders[:2]:
-        if folder.is_dir():
-            return folder  # the reader names each image that is missing
+    if own:
+        return own[0]  # the reader names each image that is missing
     raise UserError(f"no images of split {split!r}: {file_name} is in none of {', '.join(map(str, folders))}")
 
 
