@@ -34,7 +34,9 @@ def use_fast_deformable_attention(model: nn.Module) -> nn.Module:
     """
     for parent in list(model.modules()):
         for name, module in parent.named_children():
-            if type(module).__name__ == STOCK and not isinstance(parent, FastDeformableAttention):
+            kind = type(module)
+            stock = kind.__name__ == STOCK and kind.__module__.startswith("transformers.")
+            if stock and not isinstance(parent, FastDeformableAttention):
                 setattr(parent, name, FastDeformableAttention(module))
     return model
 

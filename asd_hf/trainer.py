@@ -121,7 +121,8 @@ class DistillationTrainer(ResumableTrainer):
             processing_class=student.processor,
             **kwargs,
         )
-        if self.pop_callback(ProgressCallback) is not None:  # not in a notebook, which has its own
+        for callback in [c for c in self.callback_handler.callbacks if type(c) is ProgressCallback]:
+            self.remove_callback(callback)  # Trainer's own; a notebook has another
             self.add_callback(TrainingBar)
         if args.world_size > 1:
             self.add_callback(SameStatistics(student.model))  # before the moving average
