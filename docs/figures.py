@@ -1,10 +1,13 @@
-"""Draws the figures of how_it_works.md: `python docs/figures.py outputs/quickstart`, after `make quickstart`.
+"""Draws the figures of README.md and how_it_works.md, after `make quickstart` and the same without a teacher:
 
-One is a drawing; the other shows one image, the packaged teacher and the quickstart's student as they are.
+    python docs/figures.py outputs/quickstart outputs/quickstart_none
+
+One is a drawing; the others show the packaged teacher and the students as they are.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 
 from asd_hf.data import DataConfig, DetectionStream, RowTransform, open_source
 from asd_hf.detectors.base import DetectorAdapter
@@ -24,6 +27,8 @@ from asd_hf.student import load_teacher
 
 IMAGES = Path(__file__).parent / "images"
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#F0E442")  # of the classes
+COLUMNS, THRESHOLD = 8, 0.3
 SAMPLER_STEPS = 400
 IMAGE = 3  # of the evaluation split
 Predictions = tuple[torch.Tensor, torch.Tensor]  # logits (N, Q, C), boxes (N, Q, 4)
@@ -116,6 +121,31 @@ def pairs(student: DetectorAdapter, teacher: DetectorAdapter) -> Figure:
     return figure
 
 
+def results(detectors: dict[str, DetectorAdapter]) -> Figure:
+    """The labels of some images, and below them what each detector finds there."""
+    batch, names = _batch(), next(iter(detectors.values())).spec.class_names
+    labels = [values.split(counts) for values, counts in map(batch["labels"].get, ("class_labels", "boxes"))]
+    found = {"labels": list(zip(*labels, strict=True))}
+    for title, detector in detectors.items():
+        logits, boxes = _predict(detector, batch)
+        scores, classes = logits.sigmoid().max(-1)
+        sure = scores > THRESHOLD
+        found[title] = [(classes[i][sure[i]], boxes[i][sure[i]]) for i in range(len(boxes))]
+    figure = Figure((10, 1.45 * len(found)), layout="constrained")
+    grid = figure.subplots(len(found), COLUMNS)
+    for row, (title, answers) in zip(grid, found.items(), strict=True):
+        for axes, pixels, (classes, boxes) in zip(row, batch["pixel_values"], answers, strict=False):
+            axes.imshow(pixels.permute(1, 2, 0))
+            axes.set(xticks=[], yticks=[])
+            for (cx, cy, w, h), index in zip((boxes * pixels.shape[1]).tolist(), classes.tolist(), strict=True):
+                style = {"fill": False, "edgecolor": COLOURS[index], "linewidth": 1.8}
+                axes.add_patch(Rectangle((cx - w / 2, cy - h / 2), w, h, **style))
+        row[0].set_ylabel(title, fontsize=9)
+    handles = [Patch(facecolor=colour, label=name) for name, colour in zip(names, COLOURS, strict=False)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(names), fontsize=9, frameon=False)
+    return figure
+
+
 def _batch() -> dict:
     data = DataConfig(source="shapes", resize="fixed", fixed_size=[64, 64], augmentation="flip")
     rows = RowTransform(data, training=False)
@@ -155,8 +185,20 @@ def _draw_image(axes: Axes, pixels: torch.Tensor, teacher: torch.Tensor, student
     axes.set_title("teacher —, student - -", fontsize=10)
 
 
+def _title(what: str, metrics: dict[str, float]) -> str:
+    return f"{what}\nAP {100 * metrics['AP']:.1f}"
+
+
 if __name__ == "__main__":
-    teacher, student = load_teacher("shapes"), load_teacher(sys.argv[1])
+    taught, alone = (Path(run) for run in sys.argv[1:])
+    teacher, student = load_teacher("shapes"), load_teacher(str(taught))
+    metrics, without = (json.loads((run / "metrics.json").read_text()) for run in (taught, alone))
+    detectors = {
+        _title("teacher", metrics["teacher"]): teacher,
+        _title("student, taught", metrics["student"]): student,
+        _title("student, alone", without["student"]): load_teacher(str(alone)),
+    }
     IMAGES.mkdir(exist_ok=True)
-    for name, figure in (("flow", flow()), ("pairs", pairs(student, teacher))):
-        FigureCanvasAgg(figure).print_figure(IMAGES / f"{name}.png", dpi=110)
+    figures = {"flow.png": flow(), "pairs.png": pairs(student, teacher), "results.jpg": results(detectors)}
+    for name, figure in figures.items():
+        FigureCanvasAgg(figure).print_figure(IMAGES / name, dpi=110)
