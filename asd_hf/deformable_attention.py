@@ -19,15 +19,16 @@ from torch.autograd.function import once_differentiable
 
 STOCK = "MultiScaleDeformableAttention"  # Transformers' name for it in every family, of one signature
 MOST = 2**31  # indices are of 32 bits
-CELLS = 8  # a query; with more, as in most decoders, `grid_sample` is faster, which does not pass over all cells
+# Where `grid_sample` is as fast or faster: with more cells a query, as in decoders, and with fewer channels a head
+CELLS, CHANNELS = 2, 16
 
 
 def use_fast_deformable_attention(model: nn.Module) -> nn.Module:
-    """Lets a Transformers detector sample its maps by `sample_levels` where they are on a CPU and many queries look.
+    """Lets a Transformers detector sample its maps by `sample_levels` where they are on a CPU and every cell looks.
 
-    Elsewhere, and where the model is compiled or exported, Transformers' own code runs as before. It concerns families
-    whose attention is a `MultiScaleDeformableAttention`: Deformable DETR, RT-DETR, LW-DETR, RF-DETR, Grounding DINO.
-    Other models, and one that has it already, stay as they are. No parameter and no checkpoint changes.
+    That is in encoders. In decoders, elsewhere, and where the model is compiled or exported, Transformers' own code
+    runs as before. It concerns Deformable DETR and Grounding DINO; of others with a `MultiScaleDeformableAttention`
+    only the decoders have it. A model that has it already stays as it is. No parameter and no checkpoint changes.
 
     Returns:
         The same model.
@@ -43,7 +44,7 @@ def use_fast_deformable_attention(model: nn.Module) -> nn.Module:
 
 class FastDeformableAttention(nn.Module):
     """Takes the place of Transformers' module `stock`, and leaves to it what is not on a CPU, empty, or huge, and what
-    has few queries for its maps."""
+    has few queries for its maps or few channels."""
 
     def __init__(self, stock: nn.Module) -> None:
         super().__init__()
@@ -62,7 +63,8 @@ class FastDeformableAttention(nn.Module):
         """See `sample_levels`; arguments as `stock` takes them."""
         elsewhere = value.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing()
         fits = 0 < 4 * attention_weights.numel() < MOST and value.numel() < MOST
-        if elsewhere or not fits or value.shape[1] > CELLS * sampling_locations.shape[1]:
+        gains = value.shape[1] <= CELLS * sampling_locations.shape[1] and value.shape[3] >= CHANNELS
+        if elsewhere or not fits or not gains:
             return self.stock(
                 value,
                 value_spatial_shapes,

@@ -109,8 +109,15 @@ def test_half_precision_has_the_same_type(autocast):
     torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=5e-2)
 
 
+@pytest.fixture
+def gains(monkeypatch):
+    """Small as they are, the tests' models and maps are taken to gain."""
+    monkeypatch.setattr(deformable_attention, "CELLS", 8)
+    monkeypatch.setattr(deformable_attention, "CHANNELS", 1)
+
+
 @pytest.mark.parametrize("family", CONCERNED)
-def test_a_detector_answers_and_learns_the_same(family):
+def test_a_detector_answers_and_learns_the_same(family, gains):
     usual, processor = FAMILIES[family](tiny.CLASSES, 12, 0)
     model = use_fast_deformable_attention(copy.deepcopy(usual.double()))
     replaced = [m for m in model.modules() if isinstance(m, FastDeformableAttention)]
@@ -130,7 +137,7 @@ def test_a_detector_answers_and_learns_the_same(family):
     torch.testing.assert_close(seen[1], seen[0], rtol=1e-6, atol=1e-7)
 
 
-def test_compiled_it_is_left_to_transformers():
+def test_compiled_it_is_left_to_transformers(gains):
     module = FastDeformableAttention(MultiScaleDeformableAttention())
     tensors = [x.detach().float() for x in inputs()]
     ran = []
@@ -144,7 +151,7 @@ def test_compiled_it_is_left_to_transformers():
     torch.testing.assert_close(exported.module()(*arguments), usual)
 
 
-def test_few_queries_for_large_maps_are_left_to_transformers():
+def test_few_queries_and_few_channels_are_left_to_transformers(gains, monkeypatch):
     module = FastDeformableAttention(MultiScaleDeformableAttention())
     ran = []
     module.stock.register_forward_hook(lambda *_: ran.append("stock"))
@@ -153,9 +160,12 @@ def test_few_queries_for_large_maps_are_left_to_transformers():
     for queries, stock_runs in ((least, 0), (least - 1, 1)):
         module(value, None, SIZES, None, points[:, :queries], weights[:, :queries], 64)
         assert len(ran) == stock_runs
+    monkeypatch.setattr(deformable_attention, "CHANNELS", CHANNELS + 1)
+    module(value, None, SIZES, None, points, weights, 64)
+    assert len(ran) == 2
 
 
-def test_what_is_empty_or_too_much_for_its_indices_is_left_to_transformers(monkeypatch):
+def test_what_is_empty_or_too_much_for_its_indices_is_left_to_transformers(gains, monkeypatch):
     module = FastDeformableAttention(MultiScaleDeformableAttention())
     value, points, weights = inputs()
     for part in ((value[:0], points[:0], weights[:0]), (value, points[:, :0], weights[:, :0])):
