@@ -112,7 +112,7 @@ def test_the_oldest_go_first_and_the_best_stays(tmp_path, limit, best, left):
 def test_an_interrupted_deletion_leaves_no_checkpoint_in_parts(tmp_path, monkeypatch):
     def interrupted(folder):
         (folder / MANIFEST).unlink()
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     for step in (2, 4):
         write(tmp_path, step)
