@@ -137,6 +137,11 @@ def test_a_detector_answers_and_learns_the_same(family, gains):
     torch.testing.assert_close(seen[1], seen[0], rtol=1e-6, atol=1e-7)
 
 
+def test_what_has_only_the_name_stays():
+    foreign = type("MultiScaleDeformableAttention", (torch.nn.Linear,), {})(2, 2)
+    assert type(use_fast_deformable_attention(torch.nn.Sequential(foreign))[0]) is type(foreign)
+
+
 def test_compiled_it_is_left_to_transformers(gains):
     module = FastDeformableAttention(MultiScaleDeformableAttention())
     tensors = [x.detach().float() for x in inputs()]

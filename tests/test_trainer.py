@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, ProgressCallback, pipeline
 
 from asd_hf.config import TrainingConfig
 from asd_hf.criterion import DetectionCriterion
@@ -25,6 +25,7 @@ from asd_hf.detectors import get_adapter
 from asd_hf.distiller import Distiller
 from asd_hf.errors import UserError
 from asd_hf.methods.asd import ASD, ASDConfig
+from asd_hf.progress import TrainingBar
 from asd_hf.student import freeze_backbone
 from asd_hf.trainer import METHOD_WEIGHTS, DistillationTrainer
 from tests import tiny
@@ -55,7 +56,9 @@ def stream(root, split="train", batch_size=4, training=True, **options):
     )
 
 
-def make_trainer(root, output_dir, *, distil=True, seed=0, teacher_seed=1, teacher_options=None, **options):
+def make_trainer(
+    root, output_dir, *, distil=True, seed=0, teacher_seed=1, teacher_options=None, callbacks=None, **options
+):
     student = get_adapter(tiny.deformable_detr(seed, classes=CLASS_NAMES), tiny.processor(size=SIZE))
     freeze_backbone(student, -1)  # Transformers would freeze all of it
     teacher = method = None
@@ -89,6 +92,7 @@ def make_trainer(root, output_dir, *, distil=True, seed=0, teacher_seed=1, teach
         ),
         eval_dataset=stream(root, "val", training=False),
         run_config="model: {}\n",
+        callbacks=callbacks,
     )
 
 
@@ -159,6 +163,15 @@ def test_gradient_norms_are_those_at_the_predictions():
     assert out.gradient_cosine.item() == pytest.approx(cosine.item(), abs=1e-5) and abs(cosine) > 1e-3
     assert {name: out.gradient_norms[name].item() for name in expected} == pytest.approx(expected, rel=1e-4)
     assert out.gradient_norms["asd_sampling"] == 0 < out.gradient_norms["asd_box"]
+
+
+def test_the_table_takes_the_place_of_trainer_s_bar_and_of_no_other(shapes, tmp_path):
+    class Own(ProgressCallback):
+        pass
+
+    trainer = make_trainer(shapes, tmp_path, callbacks=[Own()], disable_tqdm=False)
+    kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
+    assert [kinds.count(kind) for kind in (Own, TrainingBar, ProgressCallback)] == [1, 1, 0]
 
 
 def test_the_terminal_shows_the_log_as_a_table(shapes, tmp_path, capsys):
