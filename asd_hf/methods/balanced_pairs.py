@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..criterion import DetectionCriterion
-from ..detectors.base import DetectorOutput, DetectorSpec, sum_over_ranks
+from ..detectors.base import DetectorOutput, DetectorSpec, Question, sum_over_ranks
 from ..distances import box_distances, class_divergence, pair_distances
 from ..errors import UserError
 from ..ops import full
-from ..questions import Translator, ask, point_scores
+from ..questions import Translator, point_scores
 from ..sampling import Sampler
 from .base import DistillationMethod, MethodConfig, align_layers, check_layers, option, take_layers
 
@@ -154,10 +154,13 @@ class BalancedPairs(DistillationMethod):
             if config.pair_weight:
                 losses |= self._pairs(_last(student, len(layers)), targets, config.pair_weight * trust)
         if config.asked_weight:
-            told = ask(student, self.translator(teacher.decode.own, teacher))
+            told = self.answer(student, teacher)
             with torch.autocast(student.logits.device.type, enabled=False):
                 losses |= self._answers(_last(told, len(layers)), targets, config.asked_weight * trust)
         return losses
+
+    def question(self, teacher: DetectorOutput) -> Question | None:
+        return self.translator(teacher.decode.own, teacher) if self.config.asked_weight else None
 
     def _pairs(self, student: Predictions, teacher: Predictions, factor: Tensor | float) -> dict[str, Tensor]:
         """Expected distances of the pairs under the balanced weights, summed over layers, averaged over images."""

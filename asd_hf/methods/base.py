@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ..detectors.base import DetectorOutput, DetectorSpec
+from ..detectors.base import DetectorOutput, DetectorSpec, Question
 from ..errors import UserError
+from ..questions import ask
 from ..registry import nearest
 
 
@@ -140,6 +141,22 @@ class DistillationMethod(nn.Module):
         divided by a number that differs between ranks is divided by the mean of all (`detectors.base.sum_over_ranks`).
         """
         raise NotImplementedError
+
+    def question(self, teacher: DetectorOutput) -> Question | None:
+        """What `compare` asks the student's decoder beside its own queries, if that follows from the teacher's output
+        alone: the student may then answer in the pass in which it predicts. None by default; `answer` is the answer.
+        """
+        return None
+
+    def questions(self, teacher: DetectorOutput) -> dict[str, Question]:
+        """The `question` by the name of the method, if there is one and the method is to change anything."""
+        question = self.question(teacher) if self.config.weight else None
+        return {} if question is None else {name_of(self): question}
+
+    def answer(self, student: DetectorOutput, teacher: DetectorOutput) -> DetectorOutput:
+        """The student's answer to the `question`, which is asked now if it was not asked together with its own."""
+        answer = student.answers.get(name_of(self))
+        return ask(student, self.question(teacher)) if answer is None else answer
 
     def matrices(self, student: DetectorOutput, teacher: DetectorOutput) -> dict[str, Tensor]:
         """For a report: how a method without matching samples both models' queries in their last decoder layer.
