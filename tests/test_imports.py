@@ -77,5 +77,5 @@ def test_siblings_do_not_import_each_other():
     for folder in ("detectors", "methods"):
         for path in (ROOT / folder).glob("*.py"):
             if path.stem != "__init__":
-                allowed = ("base", "attention", PARENTS.get(path.stem))
+                allowed = ("base", "attention", "together", PARENTS.get(path.stem))
                 assert all(m[0] != folder or m[1:2] in [(name,) for name in allowed] for m in imports(path)), path

@@ -84,8 +84,11 @@ def test_answers_and_predictions_are_those_of_a_pass_each(name, attention):
     again = together.answers["first"].decode(*questions["second"])  # an answer can be asked as well
     torch.testing.assert_close(again.boxes, answers["second"].boxes, **DOUBLE)
     losses = total(*together.answers.values()) + total(together)
-    for found, wanted in zip(gradients(losses), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-5)  # D-FINE casts some to single
+    found = gradients(losses)
+    slack = (1e-6 if name == "d_fine" else 1e-10) * max(
+        x.abs().max() for x in expected
+    )  # it casts to single precision
+    assert all((x - y).abs().max() <= slack for x, y in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", ["deformable_detr_two_stage"])
