@@ -1,6 +1,6 @@
 """The configuration of a run: one YAML section is one dataclass, `section.key=value` replaces a value of the file.
 
-Sections: `model` (asd_hf.student.ModelConfig), `data` (asd_hf.data.DataConfig), `method` (`name`, then the config
+Sections: `model` (asd_hf.model_config.ModelConfig), `data` (asd_hf.data.DataConfig), `method` (`name`, then the config
 class of that method; or a list of names or such mappings) and `training` (TrainingConfig, which is
 transformers.TrainingArguments and a few fields).
 """
@@ -27,8 +27,8 @@ from .errors import UserError
 from .evaluation import STATS
 from .hub import secret_of
 from .methods import METHODS, MethodConfig, get_method
+from .model_config import ModelConfig
 from .registry import nearest
-from .student import ModelConfig
 
 SECTIONS = ("model", "data", "method", "training")
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: bytes that are not UTF-8, a date like 2026-13-01

@@ -13,7 +13,8 @@ LAYERS = [
     {"criterion", "fast_criterion", "features", "losses", "matching", "questions", "sampling", "targets"},
     {"models", "methods"},
     {"classes", "distiller", "ema", "pace", "student", "data", "evaluation", "bad_steps", "teacher_cache"}
-    | {"hub", "licenses", "card", "space", "matrices"},
+    | {"hub", "licenses", "card", "space", "matrices"}
+    | {"model_config", "loading", "architecture", "copying", "freezing"},
     {"config", "resumable", "trainer", "build", "doctor", "benchmark", "compare", "selftest", "replay", "sharing"}
     | {"export", "shrink", "report"},
     {"predict"},

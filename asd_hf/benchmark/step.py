@@ -17,9 +17,9 @@ from ..build import Parts
 from ..config import NO_METHOD
 from ..deformable_attention import FastDeformableAttention
 from ..errors import UserError
+from ..loading import SELF_TAUGHT
 from ..methods import MethodConfig, get_method
 from ..phases import Stopwatch, phase
-from ..student import SELF_TAUGHT
 from ..trainer import DistillationTrainer
 from .sidebyside import Row, format_table, spread, take_turns
 
