@@ -53,7 +53,8 @@ class StepCost(Row):
         own_ms: what the method adds to plain training beside the teacher's forward pass: in the losses, the backward
             pass and the optimizer. The difference of whole steps: believe it only where it is well above its spread.
         own_spread_ms: from the first to the third quartile.
-        own_forward_ms: the part of it before the backward pass, which is measured by itself.
+        own_forward_ms: the part of it before the backward pass, which is measured by itself; without answers that
+            the student gives in the pass in which it predicts.
         parameters: trained with the student and thrown away.
     """
 
