@@ -319,11 +319,21 @@ def test_trust_is_of_running_means_which_batches_without_labels_leave_alone(soft
     assert trust_of(method, *nothing) == 1  # nothing is known against the teacher
     for i in range(30):
         *both, truth = scene(i, COUNTS[i % 4], (0.1 + 0.02 * (i % 7), 0.4), softmax)
-        step = max(1 / (i + 1), 0.05)
+        step = max(1 / (i + 1), 0.1)
         means = [m + step * (detection_loss(x, truth, softmax) - m) for m, x in zip(means, both, strict=True)]
         trust = trust_of(method, *both, truth)
         assert 0 < trust < 1 and trust == pytest.approx(1 - means[1] / means[0], rel=1e-10)
         assert trust_of(method, *nothing) == trust
+
+
+def test_trust_is_kept_between_comparisons():
+    method = alone(trust=1.0)
+    found = []
+    for step in range(10):
+        method.step = step
+        found.append(trust_of(method, *scene(step)))
+    assert method.batches == 3
+    assert found == [found[0]] * 4 + [found[4]] * 4 + [found[8]] * 2 and len(set(found)) == 3
 
 
 @pytest.mark.parametrize("whose", [0, 1])

@@ -18,7 +18,8 @@ from .base import DistillationMethod, MethodConfig, align_layers, check_layers, 
 
 Predictions = tuple[Tensor, Tensor]  # logits (N, Q, C) and boxes (N, Q, 4)
 
-TRUST_DECAY = 0.95  # of the running means of both models' losses
+TRUST_EVERY = 4  # optimizer steps between comparisons of both models with the labels: each matches on the host
+TRUST_DECAY = 0.9  # of the running means of both models' losses, a comparison
 
 
 @dataclass
@@ -221,6 +222,15 @@ class BalancedPairs(DistillationMethod):
     @torch.no_grad()
     def _trust(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> Tensor:
         """How much the teacher is to be imitated, by the running means of both models' losses on the labels."""
+        if self.step % TRUST_EVERY == 0:
+            self._follow_losses(student, teacher, labels)
+        ours, theirs = self.running_losses
+        trust = (self.config.trust * (1 - theirs / ours.clamp(min=1e-6))).clamp(0, 1)
+        self.statistics["balanced_pairs/trust"] = trust
+        return trust
+
+    def _follow_losses(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> None:
+        """Adds this batch to the running means."""
         last = [replace(take_layers(x, [len(x.logits) - 1]), proposals=None) for x in (student, teacher)]
         pairs = self.criterion.assign(last, labels)  # both at once: one copy to the host
         now = [sum(self.criterion(x, labels, pair).values()) for x, pair in zip(last, pairs, strict=True)]
@@ -231,10 +241,6 @@ class BalancedPairs(DistillationMethod):
         self.batches += counts
         step = (1 / self.batches.clamp(min=1)).clamp(min=1 - TRUST_DECAY)
         self.running_losses.lerp_(torch.where(counts, now, self.running_losses), step)
-        ours, theirs = self.running_losses
-        trust = (self.config.trust * (1 - theirs / ours.clamp(min=1e-6))).clamp(0, 1)
-        self.statistics["balanced_pairs/trust"] = trust
-        return trust
 
     def _sampler_input(self, predictions: Predictions) -> Tensor:
         logits, boxes = predictions
