@@ -10,7 +10,7 @@ LAYERS = [
     {"errors", "registry", "ops", "deformable_attention", "distances", "phases", "progress", "streams", "environment"},
     {"files", "checkpoints", "stopping", "vote", "ranks", "norms", "randomness"},
     {"detectors"},
-    {"criterion", "fast_criterion", "features", "losses", "matching", "questions", "sampling", "targets"},
+    {"criterion", "fast_criterion", "features", "losses", "matching", "questions", "sampling", "targets", "trust"},
     {"models", "methods"},
     {"classes", "distiller", "ema", "pace", "student", "data", "evaluation", "bad_steps", "teacher_cache"}
     | {"hub", "licenses", "card", "space", "matrices"}
