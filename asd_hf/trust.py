@@ -48,14 +48,10 @@ class Trust(nn.Module):
 
     def _follow(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> None:
         """Adds this batch to the running means."""
-        last = [
-            replace(x, logits=x.logits[-1:], boxes=x.boxes[-1:], queries=None, proposals=None)
-            for x in (student, teacher)
-        ]
+        last = [replace(x, logits=x.logits[-1:], boxes=x.boxes[-1:]) for x in (student, teacher)]
         pairs = self.criterion.assign(last, labels)  # both at once: one copy to the host
         now = [sum(self.criterion(x, labels, pair).values()) for x, pair in zip(last, pairs, strict=True)]
-        total, num_ranks = sum_over_ranks(torch.stack(now).to(self.running_losses))
-        now = total / num_ranks
+        now, _ = sum_over_ranks(torch.stack(now).to(self.running_losses))  # their ratio is that of the means
         # Without labelled images there is nothing to compare, and what is not finite would stay for ever.
         counts = (now[0] > 0) & now.isfinite().all()
         self.batches += counts
