@@ -36,6 +36,7 @@ from asd_hf.errors import UserError
 from asd_hf.models import AdaMixerConfig, AdaMixerForObjectDetection, AdaMixerImageProcessor, AdaMixerModel
 from asd_hf.models.adamixer import modeling_adamixer as modeling
 from asd_hf.models.adamixer.convert_adamixer import convert_state_dict
+from asd_hf.models.adamixer.loss_adamixer import adamixer_loss
 from asd_hf.ops import cxcywh_to_xyxy
 from tests import tiny
 
@@ -273,7 +274,7 @@ def test_losses_matching_and_gradients():
 
     def keep(*args):
         seen["layers"] = args[5], args[6]
-        return modeling.adamixer_loss(*args)
+        return adamixer_loss(*args)
 
     model.loss_function = keep
     output = model(**inputs, labels=labels)
@@ -710,6 +711,12 @@ def test_saved_and_loaded_through_the_auto_classes(tmp_path, caplog, monkeypatch
     assert "not supported" not in caplog.text
     found = detect(Image.new("RGB", (90, 60)), threshold=0.0)
     assert len(found) == SHAPE["num_query"] and found[0]["box"].keys() == {"xmin", "ymin", "xmax", "ymax"}
+
+
+def test_its_loss_is_the_one_that_transformers_finds():
+    """As for its own models: `asd-hf benchmark step` times what is left when a model's replaced loss is taken away."""
+    model = lively()
+    assert "_loss_function" not in vars(model) and model.loss_function is adamixer_loss
 
 
 def test_hidden_states_and_attentions_are_given_where_asked_for():

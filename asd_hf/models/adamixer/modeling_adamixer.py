@@ -30,7 +30,6 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ...ops import full
 from .configuration_adamixer import AdaMixerConfig
-from .loss_adamixer import adamixer_loss
 
 SINE_TEMPERATURE = 10_000
 SINE_UNIT = 1000  # pixels; only x and y are pixels
@@ -527,7 +526,6 @@ class AdaMixerForObjectDetection(AdaMixerPreTrainedModel):
         self.class_heads = nn.ModuleList(
             AdaMixerHead(config.d_model, config.num_labels) for _ in range(config.decoder_layers)
         )
-        self.loss_function = adamixer_loss
         self.post_init()
 
     @can_return_tuple
