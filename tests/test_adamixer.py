@@ -17,7 +17,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection, pipeline
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForObjectDetection,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 from transformers.modeling_outputs import BackboneOutput
 
 from asd_hf import commands
@@ -28,6 +36,7 @@ from asd_hf.errors import UserError
 from asd_hf.models import AdaMixerConfig, AdaMixerForObjectDetection, AdaMixerImageProcessor, AdaMixerModel
 from asd_hf.models.adamixer import modeling_adamixer as modeling
 from asd_hf.models.adamixer.convert_adamixer import convert_state_dict
+from asd_hf.models.adamixer.loss_adamixer import adamixer_loss
 from asd_hf.ops import cxcywh_to_xyxy
 from tests import tiny
 
@@ -139,6 +148,14 @@ def test_neck_and_initial_queries():
     content, positions = core.initial_queries(size)
     assert_golden(content, "query/content")
     assert_golden(positions, "query/xyzr")
+
+
+def test_queries_begin_at_the_stored_boxes():
+    model = golden_model().model
+    model.query_boxes[:] = torch.tensor([0.3, 0.4, 0.5, 0.6])
+    size = model.valid_sizes(**golden_inputs())
+    boxes = modeling.positions_to_boxes(model.initial_queries(size)[1]) / size
+    torch.testing.assert_close(boxes, model.query_boxes.expand_as(boxes))
 
 
 @pytest.mark.parametrize("number", LAYERS)
@@ -257,7 +274,7 @@ def test_losses_matching_and_gradients():
 
     def keep(*args):
         seen["layers"] = args[5], args[6]
-        return modeling.adamixer_loss(*args)
+        return adamixer_loss(*args)
 
     model.loss_function = keep
     output = model(**inputs, labels=labels)
@@ -350,7 +367,7 @@ def test_initial_weights():
         assert tensor.mean().item() == pytest.approx(mean, abs=6 * std * drawn * 1.5 + 1e-5), name
         assert tensor.std(correction=0).item() == pytest.approx(std, rel=3 * drawn + 1e-3, abs=1e-6), name
         if "iof_tau" in name:
-            assert tensor.min() >= 0 and tensor.max() <= 4
+            assert tensor.min() >= 0 and 2 < tensor.max() <= 4
         elif "content_features" not in name:
             spread = (high - low) * min(0.5, 8 / tensor.numel()) + 1e-5
             assert tensor.min().item() == pytest.approx(low, abs=spread), name
@@ -589,6 +606,25 @@ def test_positions_do_not_overflow_in_half_precision():
     assert overlap[0, 0, 2] == 0
 
 
+def test_the_logarithm_of_overlaps_is_taken_in_fp32(monkeypatch):
+    """In fp16 1e-7 is 1.2e-7 at best: boxes that do not meet would attract each other more."""
+    model, seen = golden_model().half(), []
+    eager = modeling.eager_attention_forward
+
+    def attend(module, query, key, value, attention_mask, **options):
+        seen.append((module.iof_scale, attention_mask))
+        return eager(module, query, key, value, attention_mask, **options)
+
+    monkeypatch.setattr(modeling, "eager_attention_forward", attend)
+    positions = golden("caseB/xyzr")
+    model.model.decoder(golden("caseB/content").half(), positions, [level.half() for level in golden_maps()])
+    overlap = modeling.intersection_over_first(positions)
+    assert (overlap == 0).any()
+    scale, bias = seen[0]
+    expected = scale.float()[:, None, None] * (overlap + 1e-7).log()[:, None]
+    torch.testing.assert_close(bias.float(), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_of_boxes_without_area_positions_are_finite():
     boxes = torch.tensor([[10.0, 20, 0, 0], [10, 20, 5, 0], [10, 20, -3, 4], [10, 20, 8, 2]])
     positions = modeling.boxes_to_positions(boxes)
@@ -677,6 +713,73 @@ def test_saved_and_loaded_through_the_auto_classes(tmp_path, caplog, monkeypatch
     assert len(found) == SHAPE["num_query"] and found[0]["box"].keys() == {"xmin", "ymin", "xmax", "ymax"}
 
 
+def test_its_loss_is_the_one_that_transformers_finds():
+    """As for its own models: `asd-hf benchmark step` times what is left when a model's replaced loss is taken away."""
+    model = lively()
+    assert "_loss_function" not in vars(model) and model.loss_function is adamixer_loss
+
+
+def test_hidden_states_and_attentions_are_given_where_asked_for():
+    model = lively("eager").eval()
+    inputs = example(model)
+    plain = model(**inputs)
+    assert plain.hidden_states is None and plain.attentions is None
+    output = model(**inputs, output_hidden_states=True, output_attentions=True)
+    first, *later = output.hidden_states
+    assert torch.equal(first, model.model.initial_queries(model.model.valid_sizes(**golden_inputs()))[0])
+    assert torch.equal(torch.stack(later, 1), plain.intermediate_hidden_states)
+    assert len(output.attentions) == len(LAYERS)
+    for weights in output.attentions:
+        assert weights.shape == (2, SHAPE["num_heads"], SHAPE["num_query"], SHAPE["num_query"])
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
+def test_a_configuration_without_return_dict_gives_tuples():
+    model = lively().eval()
+    inputs = example(model)
+    expected = model(**inputs)
+    model.config.return_dict = False
+    for output in (model(**inputs), model(**inputs, return_dict=True).to_tuple()):
+        assert isinstance(output, tuple) and len(output) == len(expected)
+        assert torch.equal(output[2], expected.logits)
+
+
+def test_the_trainer_of_transformers_trains_it(tmp_path):
+    model, processor = lively(), AdaMixerImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
+
+    def picture(number):
+        image, boxes = np.zeros((60, 80 + number, 3), np.uint8), [[9, 6, 18, 30], [40, 20, 20, 20]][: number % 3]
+        for x, y, width, height in boxes:
+            image[y : y + height, x : x + width] = 255
+        objects = [{"image_id": number, "category_id": 1, "bbox": b, "area": b[2] * b[3], "iscrowd": 0} for b in boxes]
+        return image, {"image_id": number, "annotations": objects}
+
+    def collate(pictures):
+        images, annotations = zip(*pictures, strict=True)
+        batch = processor(list(images), annotations=list(annotations), return_tensors="pt")
+        return {name: batch[name] for name in ("pixel_values", "pixel_mask", "labels")}
+
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=6,
+        learning_rate=1e-3,
+        per_device_train_batch_size=3,
+        activation_checkpointing=True,
+        remove_unused_columns=False,
+        eval_do_concat_batches=False,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    pictures = [picture(i) for i in range(3)]
+    trainer = Trainer(model, arguments, collate, pictures, pictures, processing_class=processor)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.8 * before
+    trainer.save_model()
+    assert pipeline("object-detection", model=str(tmp_path))(Image.fromarray(pictures[1][0]), threshold=0.0)
+
+
 def test_missing_weights_are_drawn_as_at_first_and_loaded_ones_stay(tmp_path):
     """New heads for other classes, which is how a checkpoint is tuned."""
     model = lively()
@@ -710,7 +813,7 @@ def test_labels_of_the_processor_are_relative_to_the_valid_image():
 def test_padding_moves_nothing():
     """Of the same feature maps: boxes hang on the valid image alone."""
     model, inputs = golden_model(), golden_inputs()
-    wide = {"pixel_values": F.pad(inputs["pixel_values"], (0, 64)), "pixel_mask": F.pad(inputs["pixel_mask"], (0, 64))}
+    wide = {"pixel_values": F.pad(inputs["pixel_values"], (0, 16)), "pixel_mask": F.pad(inputs["pixel_mask"], (0, 16))}
     expected = model(**inputs)
     assert torch.equal(model(**wide).pred_boxes, expected.pred_boxes)
     whole = {"pixel_values": inputs["pixel_values"], "pixel_mask": torch.ones(2, *PADDED)}
@@ -741,6 +844,7 @@ def test_a_batch_without_objects_has_a_finite_loss():
     "config",
     [
         tiny.TIMM_RESNET | {"out_indices": [1, 2, 3, 4]},
+        tiny.TIMM_RESNET | {"backbone": "test_mambaout", "out_indices": [0, 1, 2, 3]},
         {
             "model_type": "swin",
             "image_size": 64,
@@ -751,7 +855,7 @@ def test_a_batch_without_objects_has_a_finite_loss():
             "out_features": ["stage1", "stage2", "stage3", "stage4"],
         },
     ],
-    ids=["timm", "swin"],
+    ids=["timm", "channels last", "swin"],
 )
 def test_backbones(config, tmp_path):
     values = {"d_model": 32, "feature_channels": 32, "decoder_layers": 1, "in_points": 4, "out_points": 4}
@@ -760,8 +864,23 @@ def test_backbones(config, tmp_path):
     loaded = AutoModelForObjectDetection.from_pretrained(tmp_path)
     pixels = torch.randn(1, 3, 64, 96)
     assert torch.equal(model(pixels).logits, loaded(pixels).logits)
+    assert get_adapter(model, AdaMixerImageProcessor()).spec.strides == (4, 8, 16, 32)
     with pytest.raises(ValueError, match="4 feature maps, feature_strides has 3"):
         AdaMixerModel(AdaMixerConfig(backbone_config=config, feature_strides=[8, 16, 32]))
+
+
+@pytest.mark.parametrize("size", [(64, 96), (33, 33), (7, 300)])
+def test_strides_are_those_of_the_feature_maps(size):
+    """With the stem's map in the place of the last stage's, all strides are half of what is said."""
+    values = {"d_model": 32, "feature_channels": 64, "decoder_layers": 1, "in_points": 4, "out_points": 4}
+    right, wrong = (
+        AdaMixerModel(AdaMixerConfig(backbone_config=tiny.TIMM_RESNET | {"out_indices": indices}, **values)).eval()
+        for indices in ([1, 2, 3, 4], [0, 1, 2, 3])
+    )
+    pixels = torch.rand(1, 3, *size)
+    assert right(pixels).last_hidden_state.isfinite().all()
+    with pytest.raises(ValueError, match="not a stride of 4: set feature_strides"):
+        wrong(pixels)
 
 
 def test_batch_norm_keeps_its_statistics_and_trains_its_scale():
@@ -785,6 +904,8 @@ def test_batch_norm_keeps_its_statistics_and_trains_its_scale():
         ({"d_model": 24, "decoder_attention_heads": 5}, "of decoder_attention_heads"),
         ({"feature_channels": 48}, "feature_channels is 48: it must be a multiple of 32"),
         ({"feature_channels": 64, "num_groups": 3}, "of num_groups"),
+        ({"num_queries": "many"}, "'num_queries' expected int, got str"),
+        ({"auxiliary_loss": 1}, "'auxiliary_loss' expected bool, got int"),
     ],
 )
 def test_impossible_sizes_are_refused(options, message):

@@ -436,7 +436,7 @@ class DetectorAdapter:
         image = torch.empty(1, 3, 256, 256, device="meta")
         maps = torch.func.functional_call(self.backbone, {name: t.to("meta") for name, t in tensors}, (image,))
         maps = maps.feature_maps if isinstance(maps, dict) else maps
-        return tuple(round(256 / m.shape[-1]) for m in maps)
+        return tuple(round(256 / m.shape[2]) for m in maps)  # whether channels come second or last
 
 
 class _BatchNorm2d(nn.BatchNorm2d):

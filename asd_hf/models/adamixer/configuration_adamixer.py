@@ -1,5 +1,4 @@
-from __future__ import annotations
-
+# No `from __future__ import annotations`: `@strict` cannot check types that are strings, and lets everything pass.
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -66,7 +65,7 @@ class AdaMixerConfig(PreTrainedConfig):
     class_loss_coefficient: float | int = 2
     bbox_loss_coefficient: float | int = 5
     giou_loss_coefficient: float | int = 2
-    focal_alpha: float = 0.25
+    focal_alpha: float | int = 0.25
     corner_l1: bool = True
 
     def validate_architecture(self) -> None:

@@ -23,12 +23,13 @@ from transformers import initialization as init
 from transformers.backbone_utils import load_backbone
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 from ...ops import full
 from .configuration_adamixer import AdaMixerConfig
-from .loss_adamixer import adamixer_loss
 
 SINE_TEMPERATURE = 10_000
 SINE_UNIT = 1000  # pixels; only x and y are pixels
@@ -44,12 +45,16 @@ class AdaMixerModelOutput(ModelOutput):
         intermediate_hidden_states: contents (B, layers, Q, D).
         intermediate_positions: (B, layers, Q, 4) as x, y, z, r.
         intermediate_boxes: (B, layers, Q, 4) as cx, cy, w, h in [0, 1] of the valid image.
+        hidden_states: with `output_hidden_states=True`, the contents (B, Q, D) before the first and after each layer.
+        attentions: with `output_attentions=True` and eager attention, the weights (B, H, Q, Q) of each layer.
     """
 
     last_hidden_state: Tensor | None = None
     intermediate_hidden_states: Tensor | None = None
     intermediate_positions: Tensor | None = None
     intermediate_boxes: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -62,7 +67,8 @@ class AdaMixerObjectDetectionOutput(ModelOutput):
         logits: (B, Q, classes) of the last layer, for sigmoid; there is no "no object".
         pred_boxes: (B, Q, 4) of the last layer as cx, cy, w, h in [0, 1] of the valid image.
         auxiliary_outputs: with labels, `logits` and `pred_boxes` of each earlier layer.
-        last_hidden_state, intermediate_hidden_states, intermediate_boxes: see `AdaMixerModelOutput`.
+        last_hidden_state, intermediate_hidden_states, intermediate_boxes, hidden_states, attentions: see
+            `AdaMixerModelOutput`.
     """
 
     loss: Tensor | None = None
@@ -73,6 +79,8 @@ class AdaMixerObjectDetectionOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
     intermediate_hidden_states: Tensor | None = None
     intermediate_boxes: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 def position_sides(positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,7 +145,7 @@ class AdaMixerSelfAttention(nn.Module):
         self.out_proj = nn.Linear(config.d_model, config.d_model)
         self.iof_scale = nn.Parameter(torch.empty(self.num_heads))
 
-    def forward(self, hidden_states: Tensor, overlap: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, overlap: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Args: hidden_states: (B, Q, D). overlap: (B, Q, Q), see `intersection_over_first`."""
         query, key, value = (
             proj(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -149,7 +157,7 @@ class AdaMixerSelfAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         mixed, weights = attend(
-            self, query, key, value, bias.to(query.dtype), scaling=query.shape[-1] ** -0.5, dropout=0.0
+            self, query, key, value, bias.to(query.dtype), scaling=query.shape[-1] ** -0.5, dropout=0.0, **kwargs
         )
         return self.out_proj(mixed.flatten(2)), weights
 
@@ -284,7 +292,7 @@ class AdaMixerDecoderLayer(GradientCheckpointingLayer):
         self.box_head = AdaMixerHead(config.d_model, 4)
 
     def forward(
-        self, hidden_states: Tensor, positions: Tensor, cells: Tensor, levels: Tensor
+        self, hidden_states: Tensor, positions: Tensor, cells: Tensor, levels: Tensor, **kwargs
     ) -> tuple[Tensor, Tensor]:
         """New contents and positions."""
         with torch.autocast(hidden_states.device.type, enabled=False):
@@ -292,7 +300,7 @@ class AdaMixerDecoderLayer(GradientCheckpointingLayer):
             embedding = position_embedding(positions, hidden_states.shape[-1]).to(hidden_states.dtype)
         # The embedding joins the values and the residual too: a slip of the original, which all its results have.
         hidden_states = hidden_states + embedding
-        hidden_states = self.self_attn_layer_norm(hidden_states + self.self_attn(hidden_states, overlap)[0])
+        hidden_states = self.self_attn_layer_norm(hidden_states + self.self_attn(hidden_states, overlap, **kwargs)[0])
         sampled = self.sampling(hidden_states, positions, cells, levels)[0]
         hidden_states = self.mixing_layer_norm(hidden_states + self.mixing(hidden_states, sampled))
         hidden_states = self.final_layer_norm(hidden_states + self.fc2(self.fc1(hidden_states).relu()))
@@ -306,7 +314,7 @@ class AdaMixerDecoder(nn.Module):
         self.layers = nn.ModuleList(AdaMixerDecoderLayer(config) for _ in range(config.decoder_layers))
 
     def forward(
-        self, hidden_states: Tensor, positions: Tensor, feature_maps: list[Tensor]
+        self, hidden_states: Tensor, positions: Tensor, feature_maps: list[Tensor], **kwargs
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Contents (B, Q, D) and positions (B, Q, 4) of each layer.
 
@@ -320,7 +328,7 @@ class AdaMixerDecoder(nn.Module):
         levels = torch.tensor(sizes, device=cells.device)
         contents, places = [], []
         for layer in self.layers:
-            hidden_states, refined = layer(hidden_states, positions, cells, levels)
+            hidden_states, refined = layer(hidden_states, positions, cells, levels, **kwargs)
             positions = refined.detach()  # each layer learns to refine, not to be refined
             contents.append(hidden_states)
             places.append(refined)
@@ -410,6 +418,8 @@ class AdaMixerModel(AdaMixerPreTrainedModel):
         ValueError: the backbone gives another number of feature maps than `config.feature_strides` has.
     """
 
+    _can_record_outputs = {"hidden_states": AdaMixerDecoderLayer, "attentions": AdaMixerSelfAttention}
+
     def __init__(self, config: AdaMixerConfig) -> None:
         super().__init__(config)
         self.backbone = load_backbone(config)
@@ -418,6 +428,8 @@ class AdaMixerModel(AdaMixerPreTrainedModel):
             raise ValueError(
                 f"the backbone gives {len(channels)} feature maps, feature_strides has {len(config.feature_strides)}"
             )
+        # Of timm's some (MambaOut) give (B, height, width, channels).
+        self.channels_last = getattr(getattr(self.backbone, "_backbone", None), "output_fmt", None) == "NHWC"
         self.freeze_batch_norms = config.freeze_backbone_batch_norms
         self.neck = AdaMixerNeck(channels, config)
         self.query_content = nn.Embedding(config.num_queries, config.d_model)
@@ -434,20 +446,40 @@ class AdaMixerModel(AdaMixerPreTrainedModel):
                 module.eval()
         return self
 
-    @can_return_tuple
-    def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> AdaMixerModelOutput:
+    @capture_outputs
+    def forward(
+        self, pixel_values: Tensor, pixel_mask: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> AdaMixerModelOutput:
         """Runs the model.
 
         Args:
             pixel_values: normalised images (B, 3, height, width), padded at the bottom and the right.
             pixel_mask: (B, height, width), 1 where the image is and 0 in the padding; None: images without padding.
+
+        Raises:
+            ValueError: the backbone's feature maps have other strides than `config.feature_strides`.
         """
-        feature_maps = self.neck(list(self.backbone(pixel_values).feature_maps))
+        feature_maps = self.neck(self._read_backbone(pixel_values))
         size = self.valid_sizes(pixel_values, pixel_mask)
-        return self.decode(*self.initial_queries(size), feature_maps, size)
+        return self.decode(*self.initial_queries(size), feature_maps, size, **kwargs)
+
+    def _read_backbone(self, pixel_values: Tensor) -> list[Tensor]:
+        maps = list(self.backbone(pixel_values).feature_maps)
+        if self.channels_last:
+            maps = [level.permute(0, 3, 1, 2) for level in maps]
+        if not torch.compiler.is_compiling():  # the program of one size is to serve another
+            for stride, level in zip(self.config.feature_strides, maps, strict=True):
+                width, cells = pixel_values.shape[3], level.shape[3]
+                # Backbones round up or down. With wrong strides every point would be read in a wrong place.
+                if abs(cells - width / stride) > max(1, 0.3 * width / stride):
+                    raise ValueError(
+                        f"the backbone makes {cells} cells of {width} pixels, which is not a stride of {stride}: set "
+                        f"feature_strides to those of its maps, in place of {list(self.config.feature_strides)}"
+                    )
+        return maps
 
     def decode(
-        self, hidden_states: Tensor, positions: Tensor, feature_maps: list[Tensor], size: Tensor
+        self, hidden_states: Tensor, positions: Tensor, feature_maps: list[Tensor], size: Tensor, **kwargs
     ) -> AdaMixerModelOutput:
         """Answers any queries.
 
@@ -456,7 +488,7 @@ class AdaMixerModel(AdaMixerPreTrainedModel):
             feature_maps: of the neck.
             size: see `valid_sizes`.
         """
-        contents, places = self.decoder(hidden_states.to(feature_maps[0].dtype), positions, feature_maps)
+        contents, places = self.decoder(hidden_states.to(feature_maps[0].dtype), positions, feature_maps, **kwargs)
         places = torch.stack(places, 1)
         return AdaMixerModelOutput(
             last_hidden_state=contents[-1],
@@ -486,13 +518,14 @@ class AdaMixerModel(AdaMixerPreTrainedModel):
 
 
 class AdaMixerForObjectDetection(AdaMixerPreTrainedModel):
+    """`AdaMixerModel` with a head for the classes on each layer, and the loss."""
+
     def __init__(self, config: AdaMixerConfig) -> None:
         super().__init__(config)
         self.model = AdaMixerModel(config)
         self.class_heads = nn.ModuleList(
             AdaMixerHead(config.d_model, config.num_labels) for _ in range(config.decoder_layers)
         )
-        self.loss_function = adamixer_loss
         self.post_init()
 
     @can_return_tuple
@@ -501,6 +534,7 @@ class AdaMixerForObjectDetection(AdaMixerPreTrainedModel):
         pixel_values: Tensor,
         pixel_mask: Tensor | None = None,
         labels: list[dict[str, Tensor]] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> AdaMixerObjectDetectionOutput:
         """Detects objects.
 
@@ -509,7 +543,8 @@ class AdaMixerForObjectDetection(AdaMixerPreTrainedModel):
             labels: for each image `class_labels` (T,) and `boxes` (T, 4) as cx, cy, w, h in [0, 1] of the valid image,
                 as `AdaMixerImageProcessor` has them.
         """
-        outputs = self.model(pixel_values, pixel_mask)
+        # Whatever the configuration says of `return_dict`, which is meant for what the user gets.
+        outputs = self.model(pixel_values, pixel_mask, return_dict=True, **kwargs)
         logits = self.classify(outputs.intermediate_hidden_states)
         boxes = outputs.intermediate_boxes.transpose(0, 1)
         loss = loss_dict = auxiliary = None
@@ -526,6 +561,8 @@ class AdaMixerForObjectDetection(AdaMixerPreTrainedModel):
             last_hidden_state=outputs.last_hidden_state,
             intermediate_hidden_states=outputs.intermediate_hidden_states,
             intermediate_boxes=outputs.intermediate_boxes,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
     def classify(self, hidden_states: Tensor) -> Tensor:
