@@ -23,8 +23,10 @@ from .data import (
 from .detectors.base import DetectorAdapter, DetectorSpec
 from .errors import UserError
 from .hub import is_at_hand
+from .loading import SELF_TAUGHT, load_teacher, prompt_teacher
 from .methods import CombinedMethod, DistillationMethod, MethodConfig, get_method
-from .student import SELF_TAUGHT, StudentConfig, build_student, load_teacher, prompt_teacher
+from .model_config import StudentConfig
+from .student import build_student
 from .teacher_cache import CacheWriter, Contents, TeacherCache
 from .trainer import DistillationTrainer
 

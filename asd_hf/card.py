@@ -15,7 +15,7 @@ from . import __version__, models
 from .classes import short_list
 from .evaluation.coco import STATS, table_rows
 from .hub import is_hub_id, public_config, without_folders
-from .student import PACKAGED
+from .loading import PACKAGED
 
 CARD = """\
 ---
@@ -87,7 +87,7 @@ def model_card(
             gave it its first weights, the teacher among them if it gave any. They become `base_model`, as a fine-tune:
             the Hub has no relation for distillation, and a teacher that gave no weights is not what was tuned.
             "classes", their names; "size", of images, as the image processor has it.
-        teacher_info: "id", the teacher's Hub id, folder or name among `student.PACKAGED`; "cache", of what kind its
+        teacher_info: "id", the teacher's Hub id, folder or name among `loading.PACKAGED`; "cache", of what kind its
             predictions were, if they came from disk. None for training without a teacher.
         methods: title, id and bibtex of each method by its name, as `DistillationMethod.paper` has them; empty for one
             of asd_hf's own.

@@ -1,6 +1,6 @@
 """The configuration of a run: one YAML section is one dataclass, `section.key=value` replaces a value of the file.
 
-Sections: `model` (asd_hf.student.ModelConfig), `data` (asd_hf.data.DataConfig), `method` (`name`, then the config
+Sections: `model` (asd_hf.model_config.ModelConfig), `data` (asd_hf.data.DataConfig), `method` (`name`, then the config
 class of that method; or a list of names or such mappings) and `training` (TrainingConfig, which is
 transformers.TrainingArguments and a few fields).
 """
@@ -27,12 +27,13 @@ from .errors import UserError
 from .evaluation import STATS
 from .hub import secret_of
 from .methods import METHODS, MethodConfig, get_method
+from .model_config import ModelConfig
 from .registry import nearest
-from .student import ModelConfig
 
 SECTIONS = ("model", "data", "method", "training")
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: bytes that are not UTF-8, a date like 2026-13-01
 COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+PACKAGES = {"azure_ml": "azureml-core", "flyte": "flytekit"}  # of trackers, by name
 NO_METHOD = "none"  # plain training, without a teacher
 SHARDED = {
     "fsdp": "FSDP",
@@ -143,7 +144,8 @@ class TrainingConfig(TrainingArguments):
                     f"training.report_to {name!r} is unknown: {nearest(str(name), INTEGRATION_TO_CALLBACK)}"
                 )
             if name not in get_available_reporting_integrations():
-                raise UserError(f"training.report_to is {name}, which is not installed: pip install {name}")
+                package = PACKAGES.get(name, name.replace("_", "-"))
+                raise UserError(f"training.report_to is {name}, which is not installed: pip install {package}")
         for name in ("use_liger_kernel", "auto_find_batch_size", "label_smoothing_factor", "neftune_noise_alpha"):
             if getattr(self, name):
                 raise UserError(f"training.{name} does not apply to detection: remove it")

@@ -21,8 +21,8 @@ from .data.folder import SUFFIXES, list_files
 from .errors import UserError
 from .evaluation import Predictor
 from .hub import without_folders
+from .loading import load_teacher, prompt_teacher
 from .predict import choose_device, draw_boxes, preprocessing
-from .student import load_teacher, prompt_teacher
 
 if TYPE_CHECKING:
     from gradio import Blocks
@@ -53,7 +53,7 @@ def build_app(
     Threshold and choice of classes draw anew what was found: the models do not run again.
 
     Args:
-        model: Hub id, folder, or a key of `student.PACKAGED`.
+        model: Hub id, folder, or a key of `loading.PACKAGED`.
         teacher: another one, to be shown beside it. One of open vocabulary looks for the classes of `model`.
         examples: a folder whose images can be chosen, the first 12 of them.
         device: as `predict.choose_device` takes it.

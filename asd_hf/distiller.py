@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 
 from .classes import SharedClasses
 from .criterion import DetectionCriterion, TransformersCriterion
-from .detectors.base import DetectorAdapter, DetectorOutput
+from .detectors.base import DetectorAdapter, DetectorOutput, Question
 from .errors import UserError
 from .methods import CombinedMethod, DistillationMethod
 from .phases import phase
@@ -81,8 +81,16 @@ class Distiller(nn.Module):
                 alone; at its parameters outside the backbone, where the family has its own loss, which is not computed
                 of these predictions alone, or the method acts on more of the student than its predictions.
         """
+        questions = None
+        if teacher is not None:
+
+            def questions() -> dict[str, Question]:
+                if join_teacher is not None:
+                    join_teacher()
+                return self.method.questions(teacher)
+
         with phase("student"):
-            student = self.adapter(pixel_values, pixel_mask, labels if self.criterion is None else None)
+            student = self.adapter(pixel_values, pixel_mask, labels if self.criterion is None else None, questions)
         with phase("detection loss"):
             task = student.losses if self.criterion is None else self.criterion(student, labels)
         if join_teacher is not None:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 
 from .errors import SECRET, UserError
-from .student import PACKAGED
+from .loading import PACKAGED
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HTTPError
 
 from .errors import UserError
 from .hub import is_hub_id, without_folders
-from .student import PACKAGED
+from .loading import PACKAGED
 
 # Of the Hub's list: they allow changed versions and any use, some on the condition that these keep the licence.
 FREE = {
@@ -63,7 +63,7 @@ class Origin(NamedTuple):
     """A model that a student learnt from.
 
     Attributes:
-        model: Hub id, folder, name among `student.PACKAGED`, or timm's name of a backbone.
+        model: Hub id, folder, name among `loading.PACKAGED`, or timm's name of a backbone.
         roles: `TAUGHT`, `GAVE_WEIGHTS` or both.
         license: None where the card states none, or is out of reach.
     """

@@ -7,10 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .detectors.base import DetectorOutput, DetectorSpec
+from .detectors.base import DetectorOutput, DetectorSpec, Question
 from .phases import phase
-
-Question = tuple[Tensor, Tensor | None, Tensor | None]  # queries, positions, references: see `DetectorOutput.decode`
 
 
 def ask(output: DetectorOutput, question: Question) -> DetectorOutput:

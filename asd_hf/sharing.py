@@ -18,8 +18,8 @@ from .detectors.base import DetectorAdapter
 from .errors import UserError
 from .hub import call_hub, is_hub_id, public_config, secret_of, without_folders
 from .licenses import GAVE_WEIGHTS, TAUGHT, Origin, check_licenses, choose_license, read_license
+from .loading import SELF_TAUGHT, load_teacher
 from .methods import get_method
-from .student import SELF_TAUGHT, load_teacher
 from .trainer import EMA_FOLDER, METRICS, MODELS, RUN_CONFIG
 
 ONNX = "onnx"

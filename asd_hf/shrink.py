@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import timm
 import torch
 
+from .copying import copy_weights
 from .detectors.base import DetectorAdapter
 from .errors import UserError
 from .evaluation import milliseconds_per_image
+from .model_config import StudentConfig
 from .progress import tqdm
-from .student import StudentConfig, build_student, copy_weights
+from .student import build_student
 
 # timm's, pretrained on ImageNet; those that are no smaller than the teacher's own are left out.
 BACKBONES = ("resnet101", "resnet50", "resnet34", "resnet18", "mobilenetv3_large_100")

@@ -30,6 +30,7 @@ from .errors import UserError
 from .evaluation import STATS, evaluate_detector
 from .fast_criterion import LOSSES, use_fast_criterion
 from .hub import public_config
+from .loading import SELF_TAUGHT
 from .matrices import MatrixRecorder, has_matrices
 from .methods import CombinedMethod, DistillationMethod
 from .norms import SameStatistics
@@ -38,7 +39,6 @@ from .phases import Stopwatch, phase
 from .progress import TrainingBar
 from .resumable import ResumableTrainer
 from .streams import SideStream
-from .student import SELF_TAUGHT
 from .teacher_cache import TeacherCache
 
 METHOD_WEIGHTS = "_method.safetensors"  # the underscore keeps it off the Hub: Trainer does not upload `_*`

@@ -20,10 +20,10 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 from asd_hf.data import DataConfig, DetectionStream, RowTransform, open_source
 from asd_hf.detectors.base import DetectorAdapter
 from asd_hf.distances import pair_distances
+from asd_hf.loading import load_teacher
 from asd_hf.matching import match_sets
 from asd_hf.methods.balanced_pairs import balance
 from asd_hf.sampling import Sampler
-from asd_hf.student import load_teacher
 
 IMAGES = Path(__file__).parent / "images"
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"

@@ -22,8 +22,8 @@ from asd_hf.config import TrainingConfig
 from asd_hf.data import DataConfig, DetectionStream, RowTransform, open_training_source
 from asd_hf.detectors import get_adapter
 from asd_hf.detectors.base import DetectorAdapter
+from asd_hf.freezing import freeze_backbone
 from asd_hf.methods.asd import ASD, ASDConfig
-from asd_hf.student import freeze_backbone
 from asd_hf.trainer import DistillationTrainer
 from tests import tiny
 from tests.families import FAMILIES, STUDENTS

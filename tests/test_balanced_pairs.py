@@ -1,19 +1,15 @@
-"""Balanced pairs against loops written from the formulas, in float64; the weights, and the trust in the teacher."""
+"""Balanced pairs against loops written from the formulas, in float64, and the weights of the pairs."""
 
 import math
-import sys
 from collections import defaultdict
 from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
-import torch.distributed as dist
 from scipy.optimize import linear_sum_assignment
 
 from asd_hf.classes import SharedClasses
-from asd_hf.criterion import DetectionCriterion
-from asd_hf.detectors.base import DetectorOutput
 from asd_hf.errors import UserError
 from asd_hf.methods.balanced_pairs import BalancedPairs, BalancedPairsConfig, balance
 from tests import tiny
@@ -255,155 +251,6 @@ def test_what_each_loss_teaches(pair):
         assert reached["sampler"] >= 7 if term == SAMPLING else reached["sampler"] == 0, term
         assert reached["translator"] == (len(parts["translator"]) if term in ASKED_TERMS else 0), term
         assert reached["student"] == 0 if term == SAMPLING else reached["student"] > len(parts["student"]) / 3, term
-
-
-# -- trust ------------------------------------------------------------------------------------------------------------
-
-
-def scene(seed, counts=(2, 3), shares=(0.1, 0.4), softmax=False):
-    """A student, a shallower teacher and labels of two images.
-
-    Args:
-        counts: of objects in each image; None: it is not labelled.
-        shares: of the way that the last layers of the two have gone to the labels.
-    """
-    truth = tiny.batch(2, seed=seed, num_classes=3, boxes=[count or 0 for count in counts])["labels"]
-    guesses = (output(5 + i, 2 * seed + i, 4 - i, columns=3 + softmax) for i in (1, 2))
-    both = [replace(guess, proposals=(guess.logits[0] - 3, guess.boxes[0])) for guess in guesses]  # do not count
-    for image, (label, count) in enumerate(zip(truth, counts, strict=True)):
-        label |= {"boxes": label["boxes"].double(), "labelled": count is not None}
-        for guess, share in zip(both, shares, strict=True):
-            wanted, objects = torch.full(guess.logits.shape[2:], -9.0).double(), len(label["boxes"])
-            wanted[torch.arange(objects), label["class_labels"]] = 9
-            wanted[objects:, 3:] = 9  # "no object"
-            guess.logits[-1, image].lerp_(wanted, share)
-            guess.boxes[-1, image, :objects].lerp_(label["boxes"], share)
-    return *both, truth
-
-
-def detection_loss(guess, truth, softmax=False):
-    criterion = DetectionCriterion("softmax" if softmax else "sigmoid", class_cost=2, class_loss_weight=2)
-    last = DetectorOutput(guess.logits[-1:], guess.boxes[-1:], guess.queries[-1:])
-    return sum(criterion(last, truth).values()).item()
-
-
-def trust_of(method, *scene):
-    method(*scene)
-    return method.statistics["balanced_pairs/trust"].item()
-
-
-HEADS = pytest.mark.parametrize("softmax", [False, True], ids=["sigmoid", "softmax"])
-
-
-@HEADS
-def test_trust_is_full_before_a_good_teacher_and_0_before_a_worse_one(softmax):
-    for shares, value in (((0, 1), 1), ((0.9, 0), 0), ((1, 0.9), 0)):
-        assert trust_of(alone(softmax, trust=2.0), *scene(1, shares=shares, softmax=softmax)) == value
-    student, _, truth = scene(1, softmax=softmax)
-    assert trust_of(alone(softmax, trust=2.0), student, student, truth) == 0
-    for share in (0.3, 0.6, 0.9):
-        student, teacher, truth = scene(1, shares=(0, share), softmax=softmax)
-        lead = 1 - detection_loss(teacher, truth, softmax) / detection_loss(student, truth, softmax)
-        assert lead > 0.01
-        for trust in (0.5, 1.0, 2.0):
-            got = trust_of(alone(softmax, trust=trust), student, teacher, truth)
-            assert got == pytest.approx(min(1, trust * lead), rel=1e-10)
-
-
-COUNTS = ((2, 3), (0, 0), (None, 4), (1, None))  # images without objects count, those without labels do not
-
-
-@HEADS
-def test_trust_is_of_running_means_which_batches_without_labels_leave_alone(softmax):
-    method, means, nothing = alone(softmax, trust=1.0), [0.0, 0.0], scene(100, (None, None), softmax=softmax)
-    assert trust_of(method, *nothing) == 1  # nothing is known against the teacher
-    for i in range(30):
-        *both, truth = scene(i, COUNTS[i % 4], (0.1 + 0.02 * (i % 7), 0.4), softmax)
-        step = max(1 / (i + 1), 0.05)
-        means = [m + step * (detection_loss(x, truth, softmax) - m) for m, x in zip(means, both, strict=True)]
-        trust = trust_of(method, *both, truth)
-        assert 0 < trust < 1 and trust == pytest.approx(1 - means[1] / means[0], rel=1e-10)
-        assert trust_of(method, *nothing) == trust
-
-
-@pytest.mark.parametrize("whose", [0, 1])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_one_broken_batch_does_not_break_trust(whose, value):
-    method = alone(trust=1.0)
-    before = trust_of(method, *scene(0))
-    broken = scene(1)
-    broken[whose].logits[-1, 0, 0, 0] = value
-    assert trust_of(method, *broken) == before and trust_of(method, *scene(0)) == pytest.approx(before, rel=1e-10)
-
-
-def test_trust_is_saved_and_without_it_there_is_no_state():
-    first, fresh, second = (alone(trust=1.0) for _ in range(3))
-    for i in range(3):
-        trust_of(first, *scene(i))
-    second.load_state_dict(first.state_dict())
-    known, unknown, loaded = (trust_of(method, *scene(3)) for method in (first, fresh, second))
-    assert loaded == known != unknown
-    method, (student, teacher, truth) = alone(), scene(0)
-    assert not method.state_dict()
-    losses = [method(student, teacher, labels) for labels in (truth, scene(1)[2])]
-    assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
-    assert "balanced_pairs/trust" not in method.statistics
-
-
-@pytest.mark.parametrize("pair", PAIRS)
-def test_trust_scales_imitation_and_not_what_the_sampler_learns(pair):
-    plain, student, teacher = make(pair, score="both", weight=2.0)
-    ours, theirs = ask_both(student, teacher, batch())
-    # The teacher is right about some objects.
-    found = zip(theirs.logits[-1, :, :4, : len(plain.class_names)].argmax(-1), theirs.boxes[-1, :, :4], strict=True)
-    truth = [{"class_labels": classes, "boxes": boxes} for classes, boxes in found]
-    method, *_ = make(pair, score="both", weight=2.0, trust=0.5)
-    got, expected = (x(ours, theirs, truth) for x in (method, plain))
-    assert not any(x.requires_grad for x in (*method.statistics.values(), *method.buffers()))
-    trust = method.statistics["balanced_pairs/trust"].item()
-    assert 0.01 < trust < 0.5 and got.keys() == expected.keys()
-    for name, loss in expected.items():
-        factor = 1 if name == SAMPLING else trust
-        assert got[name].item() == pytest.approx(factor * loss.item(), rel=1e-12), name
-
-
-@HEADS
-def test_low_precision_is_compared_in_fp32_under_autocast(softmax):
-    method, (student, teacher, truth) = alone(softmax, trust=1.0, score="both").float(), scene(0, softmax=softmax)
-    for x in (student, teacher):
-        x.logits, x.boxes, x.queries = (tensor.bfloat16() for tensor in (x.logits, x.boxes, x.queries))
-    with torch.autocast("cpu", torch.bfloat16):
-        got, trust = method(student, teacher, truth), method.statistics["balanced_pairs/trust"]
-    wide = (DetectorOutput(*(t.float() for t in (x.logits, x.boxes, x.queries))) for x in (student, teacher))
-    expected = method(*wide, truth)
-    assert trust > 0 and trust == method.statistics["balanced_pairs/trust"]
-    assert all(torch.equal(got[name], expected[name]) for name in expected)
-
-
-def work(rank, world, path):
-    """Trust after each of some batches, of which a rank sees its part."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}/{world}", rank=rank, world_size=world)
-    method, trusts = alone(trust=1.0), []
-    for i, counts in enumerate((((3, 2), (0, 1)), ((None, None), (4, 0)), ((None, None),) * 2, ((0, None), (0, 1)))):
-        parts = [scene(2 * i + half, counts[half]) for half in range(2)]
-        if world == 1:
-            *both, labels = zip(*parts, strict=True)
-            tensors = [[(x.logits, x.boxes, x.queries) for x in halves] for halves in both]
-            both = [DetectorOutput(*(torch.cat(x, 1) for x in zip(*halves, strict=True))) for halves in tensors]
-            parts = [(*both, labels[0] + labels[1])]
-        trusts.append(trust_of(method, *parts[rank]))
-    torch.save(trusts, f"{path}/{world}-{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo over a file store")
-def test_two_ranks_trust_as_one_with_both_batches(tmp_path):
-    for world in (1, 2):
-        torch.multiprocessing.start_processes(work, (world, str(tmp_path)), nprocs=world, start_method="fork")
-    one, *two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
-    assert two[0] == two[1] and two[0] == pytest.approx(one, rel=1e-12)
-    assert all(0 < trust < 1 for trust in one) and len(set(one)) == 3  # the batch without labels changes nothing
 
 
 # -- options ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from asd_hf.config import load_config
 from asd_hf.data import make_shapes, open_source, shard_dataset
 from asd_hf.data.shapes import CLASS_NAMES
 from asd_hf.evaluation import STATS
-from asd_hf.student import PACKAGED
+from asd_hf.loading import PACKAGED
 from asd_hf.trainer import METHOD_WEIGHTS
 from tests import tiny
 from tests.hub_server import TOKEN, HubServer

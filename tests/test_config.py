@@ -102,6 +102,11 @@ def test_a_student_can_be_named_or_described(tmp_path):
         ("training: {report_to: wandbb}", [], "training.report_to 'wandbb' is unknown: did you mean 'wandb'?"),
         ("training: {report_to: null}", [], "training.report_to None is unknown: choose one of"),
         ("training: {report_to: neptune}", [], "training.report_to is neptune, which is not installed"),
+        (
+            "training: {report_to: flyte}",
+            [],
+            "training.report_to is flyte, which is not installed: pip install flytekit",
+        ),
         ("model: {}", ["training.max_steps"], "is not of the form section.key=value"),
         ("model: {}", ["max_steps=3"], "is not of the form section.key=value"),
         ("model: {teacher: x}", ["model.teacher.name=3"], "teacher is a value, not a group of keys"),

@@ -510,21 +510,21 @@ def test_a_repository_read_as_on_the_hub(tmp_path, monkeypatch):
     # the Hub's own way: `load_dataset(id, streaming=True)`, here on a repository in the working folder
     write_table(tmp_path / "owner/name", "parquet-data", *table("plural", corners=True))
     monkeypatch.chdir(tmp_path)
-    from asd_hf.data import tables
+    from asd_hf.data import box_format, stored, tables
 
-    raw = tables._open_hub("owner/name", "val")
-    assert tables._box_format(raw, None) == "xyxy"
+    raw = stored.open_hub("owner/name", "val")
+    assert box_format.find_box_format(raw, None) == "xyxy"
     assert raw.lengths == [11, 12]
-    monkeypatch.setattr(tables, "_open_folder", lambda folder, split, labelled: raw)
+    monkeypatch.setattr(tables, "open_folder", lambda folder, split, labelled: raw)
     same(read(open_source("owner/name", "val")), expected(), tolerance=1e-9)
 
 
 def test_a_repository_without_parquet_has_unknown_lengths(tmp_path, monkeypatch):
     write_tars(tmp_path / "owner/name", table("lists")[0])
     monkeypatch.chdir(tmp_path)
-    from asd_hf.data import tables
+    from asd_hf.data import stored
 
-    assert tables._open_hub("owner/name", "validation").lengths is None
+    assert stored.open_hub("owner/name", "validation").lengths is None
 
 
 def test_image_files_named_by_a_row_are_read(tmp_path):

@@ -7,9 +7,12 @@ import timm
 import torch
 from transformers import AutoModelForObjectDetection, DabDetrConfig, DabDetrForObjectDetection
 
+from asd_hf.copying import state_of
 from asd_hf.detectors import get_adapter
 from asd_hf.errors import UserError
-from asd_hf.student import StudentConfig, _state, build_student, freeze_backbone
+from asd_hf.freezing import freeze_backbone
+from asd_hf.model_config import StudentConfig
+from asd_hf.student import build_student
 from tests import tiny
 from tests.families import EDGES, FAMILIES
 
@@ -249,7 +252,7 @@ def test_new_student_runs_trains_and_is_saved(name, tmp_path):
 def test_backbone_takes_timm_weights_and_is_frozen_by_stages(name):
     student = new_student(name)
     donor = timm.create_model("test_resnet", features_only=True, out_indices=student.backbone.feature_info.out_indices)
-    student.backbone.load_state_dict(_state(donor))
+    student.backbone.load_state_dict(state_of(donor))
     assert student.frozen_stages == 1
     frozen = freeze_backbone(student, student.frozen_stages)
     assert {n.split(".")[0] for n in frozen} == {"conv1", "layer1"}  # frozen batch norm has no parameters

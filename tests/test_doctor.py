@@ -14,7 +14,7 @@ from asd_hf.config import build_config, load_config
 from asd_hf.data import make_shapes
 from asd_hf.doctor import ADAPTED, CHECK, OK, REFUSED, Finding, check, format_findings, report
 from asd_hf.errors import UserError
-from asd_hf.student import load_teacher
+from asd_hf.loading import load_teacher
 from tests.tiny_data import tiny_rows, write_coco
 from tests.tiny_run import configuration, write_places
 

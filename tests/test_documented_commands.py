@@ -18,7 +18,7 @@ from asd_hf.commands import COMMANDS, run
 from asd_hf.compare.plan import choose_variants, read_variants
 from asd_hf.config import load_config, read_sections
 from asd_hf.data import make_shapes
-from asd_hf.student import PACKAGED
+from asd_hf.loading import PACKAGED
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -18,7 +18,7 @@ from asd_hf.commands import run
 from asd_hf.data import make_shapes
 from asd_hf.errors import UserError
 from asd_hf.export import MOST_LOST, Canvas, CanvasDetector, compare, eager, open_graph
-from asd_hf.student import PACKAGED, load_teacher
+from asd_hf.loading import PACKAGED, load_teacher
 from tests import exports, tiny
 from tests.families import FAMILIES, OPEN_VOCABULARY
 

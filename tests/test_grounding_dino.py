@@ -9,7 +9,8 @@ from transformers import BertTokenizer, GroundingDinoImageProcessor, GroundingDi
 
 from asd_hf.detectors import get_adapter
 from asd_hf.errors import UserError
-from asd_hf.student import StudentConfig, build_student
+from asd_hf.model_config import StudentConfig
+from asd_hf.student import build_student
 from tests import tiny
 from tests.families import EDGES, FAMILIES
 

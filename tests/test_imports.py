@@ -10,10 +10,11 @@ LAYERS = [
     {"errors", "registry", "ops", "deformable_attention", "distances", "phases", "progress", "streams", "environment"},
     {"files", "checkpoints", "stopping", "vote", "ranks", "norms", "randomness"},
     {"detectors"},
-    {"criterion", "fast_criterion", "features", "losses", "matching", "questions", "sampling", "targets"},
+    {"criterion", "fast_criterion", "features", "losses", "matching", "questions", "sampling", "targets", "trust"},
     {"models", "methods"},
     {"classes", "distiller", "ema", "pace", "student", "data", "evaluation", "bad_steps", "teacher_cache"}
-    | {"hub", "licenses", "card", "space", "matrices"},
+    | {"hub", "licenses", "card", "space", "matrices"}
+    | {"model_config", "loading", "architecture", "copying", "freezing"},
     {"config", "resumable", "trainer", "build", "doctor", "benchmark", "compare", "selftest", "replay", "sharing"}
     | {"export", "shrink", "report"},
     {"predict"},
@@ -77,5 +78,5 @@ def test_siblings_do_not_import_each_other():
     for folder in ("detectors", "methods"):
         for path in (ROOT / folder).glob("*.py"):
             if path.stem != "__init__":
-                allowed = ("base", "attention", PARENTS.get(path.stem))
+                allowed = ("base", "attention", "together", PARENTS.get(path.stem))
                 assert all(m[0] != folder or m[1:2] in [(name,) for name in allowed] for m in imports(path)), path

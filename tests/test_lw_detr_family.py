@@ -12,7 +12,8 @@ from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher, LwDetrImageLo
 
 from asd_hf.detectors import get_adapter
 from asd_hf.fast_criterion import use_fast_criterion
-from asd_hf.student import StudentConfig, build_student
+from asd_hf.model_config import StudentConfig
+from asd_hf.student import build_student
 from tests import tiny
 from tests.families import FAMILIES, GROUP, SQUARE, VIT
 

@@ -19,8 +19,9 @@ from asd_hf.data import DetectionStream, RowTransform, open_training_source
 from asd_hf.detectors import get_adapter
 from asd_hf.distiller import Distiller
 from asd_hf.errors import UserError
+from asd_hf.freezing import freeze_backbone
+from asd_hf.loading import SELF_TAUGHT
 from asd_hf.methods import METHODS, CombinedMethod, get_method
-from asd_hf.student import SELF_TAUGHT, freeze_backbone
 from asd_hf.trainer import DistillationTrainer
 from tests import tiny
 from tests.families import FAMILIES

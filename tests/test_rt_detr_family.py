@@ -16,7 +16,8 @@ from transformers.models.d_fine.modeling_d_fine import distance2bbox, inverse_si
 
 from asd_hf.detectors import get_adapter
 from asd_hf.fast_criterion import use_fast_criterion
-from asd_hf.student import StudentConfig, build_student
+from asd_hf.model_config import StudentConfig
+from asd_hf.student import build_student
 from tests import tiny
 from tests.families import FAMILIES, HGNET, REAL_TIME, RT_RESNET
 

@@ -16,8 +16,9 @@ from asd_hf.config import load_config
 from asd_hf.data import DataConfig, make_shapes
 from asd_hf.detectors import get_adapter
 from asd_hf.errors import UserError
+from asd_hf.loading import load_teacher
+from asd_hf.model_config import StudentConfig
 from asd_hf.shrink import Candidate, _ladder, choose, shrink
-from asd_hf.student import StudentConfig, load_teacher
 from tests import tiny
 from tests.families import FAMILIES, STUDENTS
 

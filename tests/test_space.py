@@ -19,8 +19,8 @@ import yaml
 from packaging.specifiers import SpecifierSet
 
 from asd_hf import __version__
+from asd_hf.loading import PACKAGED
 from asd_hf.space import space_files
-from asd_hf.student import PACKAGED
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,20 +12,16 @@ from transformers import (
     ResNetForImageClassification,
 )
 
+from asd_hf.architecture import new_processor
 from asd_hf.commands import run
+from asd_hf.copying import copy_weights
 from asd_hf.criterion import DetectionCriterion
 from asd_hf.detectors import get_adapter
 from asd_hf.errors import UserError
-from asd_hf.student import (
-    PACKAGED,
-    StudentConfig,
-    _new_processor,
-    backbone_stage,
-    build_student,
-    copy_weights,
-    freeze_backbone,
-    load_teacher,
-)
+from asd_hf.freezing import backbone_stage, freeze_backbone
+from asd_hf.loading import PACKAGED, load_teacher
+from asd_hf.model_config import StudentConfig
+from asd_hf.student import build_student
 from tests import tiny
 
 SIZE = {"shortest_edge": 64, "longest_edge": 96}
@@ -329,10 +325,10 @@ def test_pretrained_timm_backbone_sees_the_pixels_that_it_knows(name, mean, std,
     theirs = tiny.processor(**teacher)
     pretrained, fresh = (StudentConfig(backbone=name, pretrained_backbone=flag) for flag in (True, False))
     for known in (None, theirs):
-        processor = _new_processor(pretrained, "deformable_detr", known, SIZE)
+        processor = new_processor(pretrained, "deformable_detr", known, SIZE)
         torch.testing.assert_close(pixel_statistics(processor), torch.tensor([mean, std]))
         assert dict(processor.size) == SIZE
-    processor = _new_processor(fresh, "deformable_detr", theirs, SIZE)
+    processor = new_processor(fresh, "deformable_detr", theirs, SIZE)
     torch.testing.assert_close(pixel_statistics(processor), pixel_statistics(theirs))
 
 

@@ -24,9 +24,9 @@ from asd_hf.data.shapes import CLASS_NAMES
 from asd_hf.detectors import get_adapter
 from asd_hf.distiller import Distiller
 from asd_hf.errors import UserError
+from asd_hf.freezing import freeze_backbone
 from asd_hf.methods.asd import ASD, ASDConfig
 from asd_hf.progress import TrainingBar
-from asd_hf.student import freeze_backbone
 from asd_hf.trainer import METHOD_WEIGHTS, DistillationTrainer
 from tests import tiny
 

@@ -17,9 +17,9 @@ from ..build import Parts
 from ..config import NO_METHOD
 from ..deformable_attention import FastDeformableAttention
 from ..errors import UserError
+from ..loading import SELF_TAUGHT
 from ..methods import MethodConfig, get_method
 from ..phases import Stopwatch, phase
-from ..student import SELF_TAUGHT
 from ..trainer import DistillationTrainer
 from .sidebyside import Row, format_table, spread, take_turns
 
@@ -53,7 +53,8 @@ class StepCost(Row):
         own_ms: what the method adds to plain training beside the teacher's forward pass: in the losses, the backward
             pass and the optimizer. The difference of whole steps: believe it only where it is well above its spread.
         own_spread_ms: from the first to the third quartile.
-        own_forward_ms: the part of it before the backward pass, which is measured by itself.
+        own_forward_ms: the part of it before the backward pass, which is measured by itself; without answers that
+            the student gives in the pass in which it predicts.
         parameters: trained with the student and thrown away.
     """
 

@@ -23,11 +23,11 @@ from ..config import build_methods, load_config
 from ..errors import UserError
 from ..export import Canvas
 from ..fast_criterion import LOSSES
+from ..loading import load_teacher
 from ..methods import METHODS, MethodConfig
 from ..predict import choose_device
 from ..progress import show_logs
 from ..registry import nearest
-from ..student import load_teacher
 from .export import size
 
 

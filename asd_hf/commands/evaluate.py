@@ -12,8 +12,8 @@ from ..config import parse_overrides
 from ..data import DataConfig, DetectionStream, RowTransform, build_loader, open_source, resize_options, resize_spec
 from ..errors import UserError
 from ..evaluation import TOP_K, evaluate_detector, format_table, milliseconds_per_image
+from ..loading import load_teacher, prompt_teacher
 from ..progress import show_logs
-from ..student import load_teacher, prompt_teacher
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from ..data import DataConfig, DetectionStream, RowTransform, Source, build_load
 from ..errors import UserError
 from ..evaluation import evaluate_detector
 from ..export import DTYPES, Canvas, CanvasDetector, export_detector
+from ..loading import load_teacher
 from ..progress import show_logs
-from ..student import load_teacher
 from .evaluate import data_config
 
 COMPARED = 16  # images on which outputs are compared

@@ -18,6 +18,7 @@ from ..data.threads import ahead, default_threads
 from ..detectors.base import DetectorAdapter
 from ..errors import UserError
 from ..evaluation import TOP_K, Predictor
+from ..loading import load_teacher, prompt_teacher
 from ..predict import (
     IMAGES,
     MOVING,
@@ -38,7 +39,6 @@ from ..predict import (
 from ..progress import show_logs, tqdm
 from ..registry import nearest
 from ..stopping import advise
-from ..student import load_teacher, prompt_teacher
 from .evaluate import class_pair
 
 PICTURES = "pictures"

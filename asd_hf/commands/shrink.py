@@ -13,9 +13,9 @@ from ..detectors.base import DetectorAdapter
 from ..errors import UserError
 from ..export import Canvas
 from ..files import write_whole
+from ..loading import load_teacher
 from ..predict import choose_device
 from ..shrink import SIZES, Candidate, choose, shrink
-from ..student import load_teacher
 from .export import size
 
 HEADER = """\

@@ -14,9 +14,9 @@ import yaml
 from ..config import NO_METHOD, SECTIONS, build_config, build_methods, override, read_sections
 from ..errors import UserError
 from ..hub import public_config
+from ..loading import SELF_TAUGHT
 from ..methods import METHODS, get_method
 from ..registry import nearest
-from ..student import SELF_TAUGHT
 
 EMA_DECAY = 0.998  # of a student that teaches itself, where the configuration names none
 _NOT_OF_A_COMPARISON = (

@@ -15,7 +15,8 @@ from .folder import open_images
 from .mixture import mark_unlabelled, mix
 from .rows import Source
 from .shapes import SPLITS, make_shapes
-from .tables import holds_split, open_table
+from .stored import holds_split
+from .tables import open_table
 
 __all__ = ["Source", "open_source", "open_training_source", "open_unlabelled"]
 

@@ -19,6 +19,8 @@ from ..errors import UserError
 from ..ops import full
 from .attention import Attention, Look, sampled_look
 
+Question = tuple[Tensor, Tensor | None, Tensor | None]  # queries, positions, references: see `DetectorOutput.decode`
+
 
 @dataclass(frozen=True)
 class DetectorSpec:
@@ -58,10 +60,13 @@ class DetectorOutput:
     sides: Tensor | None = None
     side_frames: Tensor | None = None
     attention: Attention | None = None  # of the decoder, once `DetectorAdapter.watch_attention` was called
+    # To the questions that were put with the model's own, see `DetectorAdapter.__call__`, by their names.
+    answers: dict[str, DetectorOutput] = field(default_factory=dict)
 
     def map_logits(self, change: Callable[[Tensor], Tensor]) -> DetectorOutput:
         """The same output with other logits, also of what `decode` answers; `proposals` stay."""
         output, ask = replace(self, logits=change(self.logits)), self.decode
+        output.answers = {name: answer.map_logits(change) for name, answer in self.answers.items()}
         if ask is not None:
             output.decode = lambda *question: ask(*question).map_logits(change)
             output.decode.own = ask.own
@@ -70,6 +75,7 @@ class DetectorOutput:
     def map_boxes(self, scale: Tensor) -> DetectorOutput:
         """The same output in another frame: all boxes and reference points times `scale` (B, 1, 4)."""
         output, ask = replace(self, boxes=self.boxes * scale), self.decode
+        output.answers = {name: answer.map_boxes(scale) for name, answer in self.answers.items()}
         if self.proposals is not None:
             output.proposals = self.proposals[0], self.proposals[1] * scale
         if self.side_frames is not None:
@@ -117,6 +123,7 @@ class DetectorAdapter:
         two_stage: the queries are the best cells of the feature maps, which must be as many.
         layer_names: endings of the names of what encoder and decoder stack.
         open_vocabulary: the model is told by `prompt` which classes to look for.
+        asks_together: one pass of the decoder answers questions beside the model's own.
     """
 
     spec: DetectorSpec
@@ -136,22 +143,36 @@ class DetectorAdapter:
     two_stage = False
     layer_names: tuple[str, ...] = ("EncoderLayer", "DecoderLayer")
     open_vocabulary = False
+    asks_together = False
     with_attention = False  # see `watch_attention`
     fast_loss = False  # `own_loss` is asd_hf's, see `fast_criterion`, which itself counts boxes over all ranks
 
     def __init__(self, model: nn.Module, processor) -> None:
         self.model, self.processor = model, processor
 
-    def __call__(self, pixel_values: Tensor, pixel_mask: Tensor, labels: list[dict] | None = None) -> DetectorOutput:
+    def __call__(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor,
+        labels: list[dict] | None = None,
+        questions: Callable[[], dict[str, Question]] | None = None,
+    ) -> DetectorOutput:
         """Runs the model on uint8 `pixel_values` (B, 3, H, W), valid where bool `pixel_mask` (B, H, W) is true.
 
         Args:
             labels: B dicts with `class_labels` (T,) and `boxes` (T, 4) as cxcywh in [0, 1] of the valid image, for
                 families with `own_loss`; images whose bool `labelled` is false take no part in the loss.
+            questions: gives questions to `decode`, with references in the valid image, by name. It is called when the
+                images are encoded, and the `answers` come of the same pass of the decoder as the predictions. Of
+                families that cannot do so (`asks_together`) nothing is asked, and there are no `answers`.
         """
         pixels, mask = self.prepare(pixel_values, pixel_mask)
+        # What is watched is the attention of the model's own queries.
+        beside = {}
+        if questions is not None and self.asks_together and not self.with_attention:
+            beside["questions"] = questions
         if not self.sees_padding:
-            output = self.forward(pixels, mask, labels)
+            output = self.forward(pixels, mask, labels, **beside)
             output.mask = mask
             return output
         (height, width), down, across = mask.shape[1:], mask[:, :, 0].sum(1), mask[:, 0].sum(1)
@@ -160,13 +181,15 @@ class DetectorAdapter:
         scale = scale[:, None]  # (B, 1, 4)
         if labels is not None:
             labels = [label | {"boxes": label["boxes"] / s} for label, s in zip(labels, scale, strict=True)]
-        output = self.forward(pixels, mask, labels).map_boxes(scale)
+        if beside:
+            beside["questions"] = lambda: {name: (q, p, r / scale) for name, (q, p, r) in questions().items()}
+        output = self.forward(pixels, mask, labels, **beside).map_boxes(scale)
         output.mask = mask
         return output
 
     def forward(self, pixels: Tensor, mask: Tensor, labels: list[dict] | None) -> DetectorOutput:
         """Runs the model on normalised `pixels`; its boxes, and those of `labels`, are relative to the valid image, or
-        to the canvas if the family `sees_padding`."""
+        to the canvas if the family `sees_padding`. One that `asks_together` also takes `questions`."""
         raise NotImplementedError
 
     @property

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from transformers import DeformableDetrImageProcessor
 from transformers.models.deformable_detr.modeling_deformable_detr import inverse_sigmoid
 
-from .base import DetectorAdapter, DetectorOutput, DetectorSpec, class_names_of, pixel_statistics
+from .base import DetectorAdapter, DetectorOutput, DetectorSpec, Question, class_names_of, pixel_statistics
+from .together import decoding_together
+
+QUESTION = "inputs_embeds", "object_queries_position_embeddings", "reference_points"  # as the decoder names its parts
 
 
 class DeformableDetrAdapter(DetectorAdapter):
@@ -29,6 +32,7 @@ class DeformableDetrAdapter(DetectorAdapter):
         "d_model": ("d_model",),
     }
     class_loss_weight = 2.0
+    asks_together = True
     slow_parameters = ("sampling_offsets", "reference_points")  # paper, appendix A.2
 
     def __init__(self, model: nn.Module, processor) -> None:
@@ -57,10 +61,23 @@ class DeformableDetrAdapter(DetectorAdapter):
     def two_stage(self) -> bool:
         return self.model.config.two_stage
 
-    def forward(self, pixels: Tensor, mask: Tensor, labels: list[dict] | None) -> DetectorOutput:
+    def forward(
+        self,
+        pixels: Tensor,
+        mask: Tensor,
+        labels: list[dict] | None,
+        questions: Callable[[], dict[str, Question]] = dict,
+    ) -> DetectorOutput:
         core = self.model.model
         taps = {f"level {i}": level for i, level in enumerate(core.input_proj)} | {"decoder": core.decoder}
-        with self.tap(taps) as seen, self._precise(), self.attending() as attention:
+        asked: dict[str, Question] = {}
+
+        def ask_beside() -> dict[str, dict[str, Tensor]]:
+            asked.update(questions())
+            return {name: dict(zip(QUESTION, question, strict=True)) for name, question in asked.items()}
+
+        together = decoding_together(core.decoder, ask_beside, "attention_mask")
+        with self.tap(taps) as seen, together as told, self._precise(), self.attending() as attention:
             # The core and not the whole model: that would run the heads a second time, and in autocast.
             out = core(pixel_values=pixels, pixel_mask=mask)
         _, context, _ = seen["decoder"]
@@ -74,18 +91,12 @@ class DeformableDetrAdapter(DetectorAdapter):
                 positions: position embeddings (B, Q, D), added to the queries in every attention.
                 references: (B, Q, 2) points or (B, Q, 4) boxes in [0, 1] of the valid image.
             """
-            question = {
-                "inputs_embeds": queries,
-                "object_queries_position_embeddings": positions,
-                "reference_points": references,
-            }
+            question = dict(zip(QUESTION, (queries, positions, references), strict=True))
             with self._precise(), self.attending() as attention:
                 decoded = core.decoder(**(context | question))
             return answer(decoded, references, attention)
 
-        decode.own = tuple(
-            context[name] for name in ("inputs_embeds", "object_queries_position_embeddings", "reference_points")
-        )
+        decode.own = tuple(context[name] for name in QUESTION)
 
         def answer(decoded, references: Tensor, attention: Callable) -> DetectorOutput:
             hidden = decoded.intermediate_hidden_states.transpose(0, 1).to(self.model.dtype)
@@ -95,6 +106,7 @@ class DeformableDetrAdapter(DetectorAdapter):
             return DetectorOutput(logits, boxes, hidden, decode=decode, attention=attention(features, slice(None)))
 
         output = answer(out, out.init_reference_points, attention)
+        output.answers = {name: answer(told[name], asked[name][2], attention) for name in told}
         output.features = features
         if out.enc_outputs_class is not None:
             output.proposals = out.enc_outputs_class, out.enc_outputs_coord_logits.sigmoid()

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import RTDetrImageProcessor
 
-from .base import DetectorAdapter, DetectorOutput, DetectorSpec, class_names_of, pixel_statistics, sum_over_ranks
+from .base import (
+    DetectorAdapter,
+    DetectorOutput,
+    DetectorSpec,
+    Question,
+    class_names_of,
+    pixel_statistics,
+    sum_over_ranks,
+)
+from .together import decoding_together
 
 
 class RTDetrAdapter(DetectorAdapter):
@@ -37,6 +46,7 @@ class RTDetrAdapter(DetectorAdapter):
     own_loss = True
     two_stage = True
     sees_padding = True
+    asks_together = True
     loss_names: tuple[str, ...] = ("loss_vfl", "loss_bbox", "loss_giou")
     decoder_loss_names: tuple[str, ...] = ()
 
@@ -68,10 +78,21 @@ class RTDetrAdapter(DetectorAdapter):
     def size_divisor(self) -> int:
         return self._neck_strides[-1]  # the neck doubles coarse maps and adds them to finer ones
 
-    def forward(self, pixels: Tensor, mask: Tensor, labels: list[dict] | None) -> DetectorOutput:
+    def forward(
+        self,
+        pixels: Tensor,
+        mask: Tensor,
+        labels: list[dict] | None,
+        questions: Callable[[], dict[str, Question]] = dict,
+    ) -> DetectorOutput:
         core = self.model.model
         taps = {f"level {i}": level for i, level in enumerate(core.decoder_input_proj)} | {"decoder": core.decoder}
-        with self.tap(taps) as seen, self._asking(), self.attending() as attention:
+
+        def ask_beside() -> dict[str, dict[str, Tensor]]:
+            return {name: _arguments(queries, references) for name, (queries, _, references) in questions().items()}
+
+        together = decoding_together(core.decoder, ask_beside, "encoder_attention_mask")
+        with self.tap(taps) as seen, together as told, self._asking(), self.attending() as attention:
             out = core(pixel_values=pixels, labels=labels)
         _, context, _ = seen["decoder"]
         features = [seen[f"level {i}"][2] for i in range(len(core.decoder_input_proj))]
@@ -86,20 +107,20 @@ class RTDetrAdapter(DetectorAdapter):
                 positions: None, the decoder derives them from the references.
                 references: (B, Q, 4) boxes in [0, 1] of the padded canvas.
             """
-            question = {
-                "inputs_embeds": queries,
-                "reference_points": references.logit(eps=1e-6),
-                "encoder_attention_mask": None,
-            }
+            question = _arguments(queries, references) | {"encoder_attention_mask": None}
             with self._asking(), self.attending() as attention:
-                output = self._read(core.decoder(**(context | question)), 0)
-            output.decode, output.attention = decode, attention(features, slice(None))
+                decoded = core.decoder(**(context | question))
+            return answer(decoded, attention)
+
+        def answer(decoded, attention: Callable, noised: int = 0) -> DetectorOutput:
+            output = self._read(decoded, noised)
+            output.decode, output.attention = decode, attention(features, slice(noised, None))
             return output
 
         decode.own = context["inputs_embeds"][:, noised:], None, context["reference_points"][:, noised:].sigmoid()
-        output = self._read(out, noised)
-        output.decode, output.features = decode, features
-        output.attention = attention(features, slice(noised, None))
+        output = answer(out, attention, noised)
+        output.answers = {name: answer(decoded, attention) for name, decoded in told.items()}
+        output.features = features
         if labels is not None:
             with torch.autocast(pixels.device.type, enabled=False):
                 output.losses = self._losses(out, labels)
@@ -242,6 +263,11 @@ class RTDetrAdapter(DetectorAdapter):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Conv2d | nn.BatchNorm2d):
                 module.reset_parameters()
+
+
+def _arguments(queries: Tensor, references: Tensor) -> dict[str, Tensor]:
+    """The decoder's arguments for a question."""
+    return {"inputs_embeds": queries, "reference_points": references.logit(eps=1e-6)}
 
 
 def _share(num_boxes: Tensor) -> Tensor:

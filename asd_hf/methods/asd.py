@@ -107,6 +107,7 @@ class ASD(DistillationMethod):
     """
 
     config_class = ASDConfig
+    trains_itself = frozenset({"asd_sampling"})
     paper = {
         "title": "Efficient Matching-Free Distillation for Detection Transformers via Active Sampling",
         "id": "OpenReview hYAPU5qrwY",

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..criterion import DetectionCriterion
-from ..detectors.base import DetectorOutput, DetectorSpec, sum_over_ranks
+from ..detectors.base import DetectorOutput, DetectorSpec, Question
 from ..distances import box_distances, class_divergence, pair_distances
 from ..errors import UserError
 from ..ops import full
-from ..questions import Translator, ask, point_scores
+from ..questions import Translator, point_scores
 from ..sampling import Sampler
-from .base import DistillationMethod, MethodConfig, align_layers, check_layers, option, take_layers
+from .base import TRUST, DistillationMethod, MethodConfig, align_layers, check_layers, option, take_layers
 
 Predictions = tuple[Tensor, Tensor]  # logits (N, Q, C) and boxes (N, Q, 4)
-
-TRUST_DECAY = 0.95  # of the running means of both models' losses
 
 
 @dataclass
@@ -54,19 +51,13 @@ class BalancedPairsConfig(MethodConfig):
         "score", "Share of each of the teacher's queries: its best class probability, or equal", ("score", "uniform")
     )
 
-    # Where the teacher is weak
-    trust: float = option(
-        2.0,
-        "Imitation counts trust * (1 - teacher's detection loss / student's), at most 1 and at least 0: it ends where "
-        "the student has caught up; 0: it always counts 1",
-    )
+    trust: float = option(2.0, TRUST)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("temperature", "hidden_dim", "key_dim")
-        for name in ("trust", "balance_iterations"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"method.{name} must be 0 or above, not {getattr(self, name)}")
+        if not self.balance_iterations >= 0:
+            raise UserError(f"method.balance_iterations must be 0 or above, not {self.balance_iterations}")
         if not any((self.class_weight, self.box_weight, self.giou_weight)):
             raise UserError("all weights of balanced_pairs are 0: give one a value, or set method.name=none")
         if not (self.pair_weight or self.asked_weight):
@@ -102,8 +93,8 @@ class BalancedPairs(DistillationMethod):
     the student's decoder, on the image that it has encoded: its answer imitates the teacher's own. Queries count as
     much as the teacher finds an object there.
 
-    Where the teacher is weak, it should not hold the student back: both models' detection losses on the labels are
-    compared, and imitation fades as the student comes near the teacher (`trust`).
+    Where the teacher is weak, it should not hold the student back: imitation fades as the student comes near the
+    teacher (`trust`).
 
     What it owes: the sampler, the points and doing without matching to active sampling distillation (OpenReview
     hYAPU5qrwY). The weights of `score: distance` are an entropic optimal transport plan between the two sets of
@@ -121,6 +112,7 @@ class BalancedPairs(DistillationMethod):
     """
 
     config_class = BalancedPairsConfig
+    trains_itself = frozenset({"balanced_pairs_sampling"})
 
     def __init__(self, config: BalancedPairsConfig, student: DetectorSpec, teacher: DetectorSpec) -> None:
         super().__init__(config, student, teacher)
@@ -130,10 +122,6 @@ class BalancedPairs(DistillationMethod):
         if config.pair_weight and config.score != "distance":
             self.sampler = Sampler(4 + len(student.class_names) + self.softmax, config.hidden_dim, config.key_dim)
         self.translator = Translator(student, teacher) if config.asked_weight else None
-        if config.trust:
-            self.criterion = DetectionCriterion(student.activation, class_cost=2, class_loss_weight=2)
-            self.register_buffer("running_losses", torch.zeros(2))  # of the student and the teacher
-            self.register_buffer("batches", torch.zeros(()))
 
     @property
     def requires(self) -> frozenset[str]:
@@ -149,17 +137,19 @@ class BalancedPairs(DistillationMethod):
         targets = full(theirs.logits).detach(), full(theirs.boxes).detach()  # (L, B, T, .)
         losses: dict[str, Tensor] = {}
         self.statistics = {}
-        with torch.autocast(student.logits.device.type, enabled=False):
-            trust = self._trust(student, teacher, labels) if config.trust else 1.0
-            if config.pair_weight:
-                losses |= self._pairs(_last(student, len(layers)), targets, config.pair_weight * trust)
-        if config.asked_weight:
-            told = ask(student, self.translator(teacher.decode.own, teacher))
+        if config.pair_weight:
             with torch.autocast(student.logits.device.type, enabled=False):
-                losses |= self._answers(_last(told, len(layers)), targets, config.asked_weight * trust)
+                losses |= self._pairs(_last(student, len(layers)), targets)
+        if config.asked_weight:
+            told = self.answer(student, teacher)
+            with torch.autocast(student.logits.device.type, enabled=False):
+                losses |= self._answers(_last(told, len(layers)), targets)
         return losses
 
-    def _pairs(self, student: Predictions, teacher: Predictions, factor: Tensor | float) -> dict[str, Tensor]:
+    def question(self, teacher: DetectorOutput) -> Question | None:
+        return self.translator(teacher.decode.own, teacher) if self.config.asked_weight else None
+
+    def _pairs(self, student: Predictions, teacher: Predictions) -> dict[str, Tensor]:
         """Expected distances of the pairs under the balanced weights, summed over layers, averaged over images."""
         config, count = self.config, len(student[0])
         ours, theirs = (tuple(x.flatten(0, 1) for x in side) for side in (student, teacher))  # (N, Q, .)
@@ -174,7 +164,7 @@ class BalancedPairs(DistillationMethod):
         # The weights of a teacher's prediction sum to 1: all together are T an image.
         means = {name: (weights * distance).sum(-1).mean() for name, distance in distances.items()}
         self.statistics["balanced_pairs/queries_per_point"] = torch.special.entr(weights).sum(-1).exp().mean()
-        return losses | {f"balanced_pairs_{name}": factor * count * mean for name, mean in means.items()}
+        return losses | {f"balanced_pairs_{name}": config.pair_weight * count * mean for name, mean in means.items()}
 
     def _plan(self, student: Predictions, teacher: Predictions, distances: dict[str, Tensor]) -> Tensor:
         """The weights (N, T, S) of the pairs, without gradient; `distances` are weighted."""
@@ -193,7 +183,7 @@ class BalancedPairs(DistillationMethod):
         distances = self._weighted(pair_distances(ours, theirs, self.softmax))
         return {"student": self._plan(ours, theirs, distances)}
 
-    def _answers(self, student: Predictions, teacher: Predictions, factor: Tensor | float) -> dict[str, Tensor]:
+    def _answers(self, student: Predictions, teacher: Predictions) -> dict[str, Tensor]:
         """Distances of the student's answers to the teacher's queries from the teacher's own, query by query."""
         (s_logits, s_boxes), (t_logits, t_boxes) = student, teacher
         shares = torch.ones_like(t_logits[..., 0])
@@ -202,7 +192,7 @@ class BalancedPairs(DistillationMethod):
         shares = shares / shares.sum(-1, keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny)
         distances = class_divergence(s_logits, t_logits, self.softmax), *box_distances(s_boxes, t_boxes)
         return {
-            f"balanced_pairs_asked_{name}": factor * (shares * distance).sum(-1).mean(1).sum()
+            f"balanced_pairs_asked_{name}": self.config.asked_weight * (shares * distance).sum(-1).mean(1).sum()
             for name, distance in self._weighted(distances).items()
         }
 
@@ -214,24 +204,6 @@ class BalancedPairs(DistillationMethod):
             "box": config.box_weight * l1,
             "giou": config.giou_weight * giou,
         }
-
-    @torch.no_grad()
-    def _trust(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> Tensor:
-        """How much the teacher is to be imitated, by the running means of both models' losses on the labels."""
-        last = [replace(take_layers(x, [len(x.logits) - 1]), proposals=None) for x in (student, teacher)]
-        pairs = self.criterion.assign(last, labels)  # both at once: one copy to the host
-        now = [sum(self.criterion(x, labels, pair).values()) for x, pair in zip(last, pairs, strict=True)]
-        total, num_ranks = sum_over_ranks(torch.stack(now).to(self.running_losses))
-        now = total / num_ranks
-        # Without labelled images there is nothing to compare, and what is not finite would stay for ever.
-        counts = (now[0] > 0) & now.isfinite().all()
-        self.batches += counts
-        step = (1 / self.batches.clamp(min=1)).clamp(min=1 - TRUST_DECAY)
-        self.running_losses.lerp_(torch.where(counts, now, self.running_losses), step)
-        ours, theirs = self.running_losses
-        trust = (self.config.trust * (1 - theirs / ours.clamp(min=1e-6))).clamp(0, 1)
-        self.statistics["balanced_pairs/trust"] = trust
-        return trust
 
     def _sampler_input(self, predictions: Predictions) -> Tensor:
         logits, boxes = predictions

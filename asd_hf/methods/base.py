@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ..detectors.base import DetectorOutput, DetectorSpec
+from ..detectors.base import DetectorOutput, DetectorSpec, Question
 from ..errors import UserError
 from ..features import pair_levels
+from ..questions import ask
 from ..registry import nearest
+from ..trust import Trust
 
 
 def option(default, text: str, choices: tuple[str, ...] | None = None):
@@ -23,11 +25,18 @@ def name_of(part: MethodConfig | DistillationMethod) -> str:
     return type(part).__module__.rpartition(".")[2]
 
 
+TRUST = (
+    "Imitation counts trust * (1 - teacher's detection loss / student's), at most 1 and at least 0: it ends where the "
+    "student has caught up; 0: it always counts 1"
+)
+
+
 @dataclass
 class MethodConfig:
     """The knobs of one method; each method's own dataclass derives from it."""
 
     weight: float = option(1.0, "Factor on all losses of this method; 0 trains as if it were not there")
+    trust: float = option(0.0, TRUST)
 
     def __post_init__(self) -> None:
         for name, spec in self.__dataclass_fields__.items():
@@ -37,6 +46,8 @@ class MethodConfig:
             counted = name.endswith(("weight", "_cost")) or name in ("ramp_start", "ramp_steps")
             if counted and isinstance(value, float | int) and not 0 <= value < math.inf:
                 raise UserError(f"method.{name} must be 0 or above, not {value}")
+            if name == "trust" and not 0 <= value < math.inf:
+                raise UserError(f"method.trust must be 0 or above, not {value}")
             if name == "layers" and value is not None:
                 self.require_positive(name)
         terms = [name.removesuffix("_weight") for name in self.__dataclass_fields__ if name.endswith("_weight")]
@@ -74,6 +85,7 @@ class DistillationMethod(nn.Module):
             `config`. A method that requires nothing reaches the student through the predictions of its own queries
             alone.
         teacher_requires: capabilities that the teacher must have beyond those.
+        trains_itself: losses that train the method alone; they are not scaled by `trust`.
         self_taught: the teacher must be the student's own moving average (`model.teacher: ema`).
         paper: title, id and BibTeX of the source, for the model card; empty for a control.
 
@@ -87,6 +99,7 @@ class DistillationMethod(nn.Module):
     config_class: type[MethodConfig]
     requires: frozenset[str] = frozenset()
     teacher_requires: frozenset[str] = frozenset()
+    trains_itself: frozenset[str] = frozenset()
     self_taught = False
     paper: dict[str, str] = {}
 
@@ -97,6 +110,7 @@ class DistillationMethod(nn.Module):
         layers = getattr(config, "layers", teacher.num_layers)
         self.teacher_layers = min(student.num_layers if layers is None else layers, teacher.num_layers)
         self.teacher_levels = frozenset(level for _, level in pair_levels(student, teacher))
+        self.trust = Trust(config.trust, student.activation) if config.trust else None
         self.step = 0  # optimizer steps done so far, set by the trainer; schedules and random draws read it
         self.statistics: dict[str, Tensor] = {}  # detached scalars of the last call: logged, never optimised
         needed = self.requires
@@ -135,15 +149,38 @@ class DistillationMethod(nn.Module):
             labels: a dictionary an image with `class_labels` (G,) and `boxes` (G, 4) of its objects of those classes,
                 and `image_id`; images without labels have no objects and a false `labelled`.
         """
-        return {name: self.config.weight * loss for name, loss in self.compare(student, teacher, labels).items()}
+        losses, trust = self.compare(student, teacher, labels), 1.0
+        if self.trust is not None:
+            trust = self.trust(student, teacher, labels, self.step)
+            self.statistics[f"{name_of(self)}/trust"] = trust
+        return {
+            name: self.config.weight * (loss if name in self.trains_itself else trust * loss)
+            for name, loss in losses.items()
+        }
 
     def compare(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
-        """The losses of `forward`, before `config.weight`: `<method>_<term>`, each with the weight of its term.
+        """The losses of `forward`, before `config.weight` and trust: `<method>_<term>`, each with its term's weight.
 
         No gradient may reach `teacher`. Losses are means over images, so that several ranks train as one; what is
         divided by a number that differs between ranks is divided by the mean of all (`detectors.base.sum_over_ranks`).
         """
         raise NotImplementedError
+
+    def question(self, teacher: DetectorOutput) -> Question | None:
+        """What `compare` asks the student's decoder beside its own queries, if that follows from the teacher's output
+        alone: the student may then answer in the pass in which it predicts. None by default; `answer` is the answer.
+        """
+        return None
+
+    def questions(self, teacher: DetectorOutput) -> dict[str, Question]:
+        """The `question` by the name of the method, if there is one and the method is to change anything."""
+        question = self.question(teacher) if self.config.weight else None
+        return {} if question is None else {name_of(self): question}
+
+    def answer(self, student: DetectorOutput, teacher: DetectorOutput) -> DetectorOutput:
+        """The student's answer to the `question`, which is asked now if it was not asked together with its own."""
+        answer = student.answers.get(name_of(self))
+        return ask(student, self.question(teacher)) if answer is None else answer
 
     def matrices(self, student: DetectorOutput, teacher: DetectorOutput) -> dict[str, Tensor]:
         """For a report: how a method without matching samples both models' queries in their last decoder layer.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from ..detectors.base import DetectorOutput
+from ..detectors.base import DetectorOutput, Question
 from ..errors import UserError
 from .base import DistillationMethod
 
@@ -73,6 +73,9 @@ class CombinedMethod(nn.Module):
     @property
     def statistics(self) -> dict[str, Tensor]:
         return {name: value for method in self.methods for name, value in method.statistics.items()}
+
+    def questions(self, teacher: DetectorOutput) -> dict[str, Question]:
+        return {name: question for method in self.methods for name, question in method.questions(teacher).items()}
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
         return {name: loss for method in self.methods for name, loss in method(student, teacher, labels).items()}

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..detectors.base import DetectorOutput, DetectorSpec
+from ..detectors.base import DetectorOutput, DetectorSpec, Question
 from ..distances import imitation_losses, pair_costs
 from ..features import AlignedMaps
 from ..matching import match_sets
 from ..ops import full
-from ..questions import Translator, ask
+from ..questions import Translator
 from .base import DistillationMethod, MethodConfig, align_layers, check_layers, option, take_queries
 
 ATTENTION = {"self_attention": {"kl": 1.0, "mse": 1e4}, "cross_attention": {"kl": 1.0, "mse": 1e3}}
@@ -136,12 +136,15 @@ class D3ETR(DistillationMethod):
                 pairs = match_sets(pair_costs(*predictions, self.softmax, *costs))
             losses |= self._imitate("adaptive", weights, student, teacher, layers, pairs)
         if weights := config.weights("fixed"):
-            answer = ask(student, self.translate(teacher.decode.own, teacher))
+            answer = self.answer(student, teacher)
             answer.mask = student.mask
             num_images, num_queries = teacher.logits.shape[1:3]
             same = torch.arange(num_queries, device=teacher.logits.device).expand(len(layers), num_images, -1)
             losses |= self._imitate("fixed", weights, answer, teacher, layers, (same, same))
         return losses
+
+    def question(self, teacher: DetectorOutput) -> Question | None:
+        return self.translate(teacher.decode.own, teacher) if self.translate else None
 
     def _imitate(
         self,

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..criterion import DetectionCriterion
-from ..detectors.base import DetectorOutput, DetectorSpec
+from ..detectors.base import DetectorOutput, DetectorSpec, Question
 from ..distances import box_iou, clip_to_image, imitation_losses, pair_costs
 from ..features import AlignedMaps
 from ..matching import match_sets
 from ..ops import full
-from ..questions import Translator, ask
+from ..questions import Translator
 from ..targets import pad_labels
 from .base import DistillationMethod, MethodConfig, align_layers, check_layers, option, take_layers, take_queries
 
@@ -194,9 +194,12 @@ class DETRDistill(DistillationMethod):
             if config.feature_weight:
                 losses["detrdistill_feature"] = config.feature_weight * self._feature_loss(ours, theirs, labels)
         if config.assigns:
-            answer = ask(student, self.translator(teacher.decode.own, teacher))
+            answer = self.answer(student, teacher)
             losses |= self._assignment_losses(take_layers(answer, range(-len(layers), 0)), theirs, labels)
         return losses
+
+    def question(self, teacher: DetectorOutput) -> Question | None:
+        return self.translator(teacher.decode.own, teacher) if self.config.assigns else None
 
     # -- Hungarian-matching logits distillation -----------------------------------------------------------------------
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..detectors.base import DetectorOutput, DetectorSpec
+from ..detectors.base import DetectorOutput, DetectorSpec, Question
 from ..distances import box_distances, class_divergence
 from ..errors import UserError
 from ..ops import full
-from ..questions import Question, Translator, ask, ask_teacher, point_scores, point_weights
+from ..questions import Translator, ask, ask_teacher, point_scores, point_weights
 from .base import DistillationMethod, MethodConfig, align_layers, check_layers, option
 
 
@@ -126,15 +126,15 @@ class KDDETR(DistillationMethod):
         return frozenset({"logits", "boxes"} | {name for name, needed in needs.items() if needed})
 
     def compare(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
-        groups: dict[str, tuple[Question, DetectorOutput]] = {}
+        groups: dict[str, tuple[DetectorOutput, DetectorOutput]] = {}
         if self.config.asks_general:
             question = self._general_points(teacher)
-            groups["general"] = question, ask_teacher(teacher, question)
+            answer = ask_teacher(teacher, question)
+            groups["general"] = ask(student, self.translate(question, answer)), answer
         if self.config.asks_specific:
-            groups["specific"] = teacher.decode.own, teacher
+            groups["specific"] = self.answer(student, teacher), teacher
         losses, self.statistics = {}, {}
-        for group, (question, answer) in groups.items():
-            told = ask(student, self.translate(question, answer))
+        for group, (told, answer) in groups.items():
             with torch.autocast(answer.logits.device.type, enabled=False):
                 for term, loss in self._imitate(told, answer).items():
                     weight = getattr(self.config, f"{group}_{term}_weight")
@@ -143,6 +143,9 @@ class KDDETR(DistillationMethod):
                 scores = point_scores(full(answer.logits[-1].detach()), self.softmax)
             self.statistics[f"kd_detr/{group}_score"] = scores.mean()
         return losses
+
+    def question(self, teacher: DetectorOutput) -> Question | None:
+        return self.translate(teacher.decode.own, teacher) if self.config.asks_specific else None
 
     def _general_points(self, teacher: DetectorOutput) -> Question:
         """Random contents, positions and references, of the kind that the teacher asks: a function of the step."""

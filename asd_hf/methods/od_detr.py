@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..criterion import DetectionCriterion
-from ..detectors.base import DetectorOutput, DetectorSpec, sum_over_ranks
+from ..detectors.base import DetectorOutput, DetectorSpec, Question, sum_over_ranks
 from ..distances import box_distances, box_iou, class_divergence
 from ..errors import UserError
 from ..ops import full
-from ..questions import Question, ask
+from ..questions import ask
 from ..targets import pad_labels
 from .base import DistillationMethod, MethodConfig, option, take_queries
 
@@ -138,6 +138,9 @@ class ODDETR(DistillationMethod):
             for name, loss in losses.items()
         }
 
+    def question(self, teacher: DetectorOutput) -> Question | None:
+        return _detached(teacher.decode.own) if self.config.predicts else None
+
     # -- (i) matching distillation -------------------------------------------------------------------------------
 
     def _matching(
@@ -210,7 +213,7 @@ class ODDETR(DistillationMethod):
 
     def _prediction(self, student: DetectorOutput, teacher: DetectorOutput) -> dict[str, Tensor]:
         """Distances of the student's answers to the teacher's queries from the teacher's, layers summed."""
-        answer = ask(student, _detached(teacher.decode.own))
+        answer = self.answer(student, teacher)
         with torch.autocast(student.logits.device.type, enabled=False):
             l1, giou = box_distances(full(answer.boxes), full(teacher.boxes.detach()))
             divergence = class_divergence(full(answer.logits), full(teacher.logits.detach()), self.softmax)

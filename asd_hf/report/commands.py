@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..config import NO_METHOD
 from ..hub import without_folders
-from ..student import SELF_TAUGHT
+from ..loading import SELF_TAUGHT
 from .blocks import Commands
 from .run_files import RunFiles
 

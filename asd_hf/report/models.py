@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..evaluation import STATS, evaluate_detector
 from ..evaluation.coco import ImageResult
 from ..evaluation.matches import Matches, best_threshold, match
-from ..student import SELF_TAUGHT, load_teacher, prompt_teacher
+from ..loading import SELF_TAUGHT, load_teacher, prompt_teacher
 from .run_files import RunFiles
 
 STUDENT, TEACHER, REFERENCE = "student", "teacher", "reference"
