@@ -178,8 +178,7 @@ class Parts:
             )
         self.teacher.model.to(training.device)
         contents = Contents.of(
-            self.method.teacher_reads,
-            self.method.teacher_layers,
+            self.method,
             replace(self.teacher.spec, class_names=self.classes.names),
             top_queries,
             top_classes,

@@ -208,7 +208,7 @@ class DistillationTrainer(ResumableTrainer):
             if "teacher" not in inputs:
                 raise UserError("the training samples lack the teacher's predictions: give RowTransform predictions")
             with phase("teacher"):
-                return self.classes.teacher(self.cache(inputs["teacher"]))
+                return self.classes.teacher(self.cache(inputs["teacher"], inputs["pixel_mask"]))
         if self.teacher is None:
             return None
         view = "teacher_" if "teacher_pixel_values" in inputs else ""

@@ -17,6 +17,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 from transformers import set_seed
 
+from asd_hf.benchmark.cache import first_losses
 from asd_hf.build import Parts
 from asd_hf.commands import run
 from asd_hf.config import build_config
@@ -25,7 +26,6 @@ from asd_hf.data.transforms import count_geometries
 from asd_hf.detectors.base import DetectorOutput
 from asd_hf.doctor import ADAPTED, check
 from asd_hf.errors import UserError
-from asd_hf.methods import METHODS
 from asd_hf.ops import cxcywh_to_xyxy
 from asd_hf.teacher_cache import CacheWriter, Contents, TeacherCache
 from asd_hf.teacher_cache import write as writing
@@ -39,7 +39,9 @@ from tests.tiny_run import configuration, write_places
 FLIP = {"resize": "fixed", "fixed_size": [96, 96], "augmentation": "flip"}
 DRAWN = {"augmentation": "detr", "train_sizes": [128, 144], "max_size": 240}
 PAIRS = {"name": "balanced_pairs", "trust": 0.0}
-NO_MAPS = {"name": "detrdistill", "feature_weight": 0.0, "contrastive_weight": 0.1}
+DISTILL = {"name": "detrdistill", "contrastive_weight": 0.1}
+FGD = {"name": "fgd", "weight": 10}
+MAPS = [FGD, {"name": "fitnet"}, {"name": "mgd"}]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +148,7 @@ def test_drawn_views_come_round(places, drawn):
 
 def test_a_training_from_disk_is_the_training_with_the_teacher(places, tmp_path):
     steps = {"logging_steps": 1, "learning_rate": 1e-3, "save_strategy": "no", "max_steps": 4}
-    method = [PAIRS, NO_MAPS]
+    method = [PAIRS, DISTILL, FGD]
     folder = build(tmp_path, settings(places, method=method))
     losses, weights = [], []
     for cache in (None, folder):
@@ -156,37 +158,93 @@ def test_a_training_from_disk_is_the_training_with_the_teacher(places, tmp_path)
         losses.append([{k: v for k, v in e.items() if k.startswith("loss")} for e in trainer.state.log_history[:4]])
         weights.append(torch.cat([p.detach().flatten() for p in trainer.adapter.model.parameters()]))
     for live, kept in zip(*losses, strict=True):
-        assert live.keys() == kept.keys() and len(live) == 17
+        assert live.keys() == kept.keys() and len(live) == 22
         assert all(kept[name] == pytest.approx(live[name], rel=5e-3, abs=1e-3) for name in live)
     assert losses[0][0]["loss"] != losses[0][-1]["loss"]
     torch.testing.assert_close(weights[1], weights[0], atol=3e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "data", "options"),
+    [
+        ("deformable_detr", FLIP, []),
+        ("rt_detr", FLIP | {"fixed_size": [64, 80], "augmentation": "none"}, []),  # it pads to multiples of 32
+        ("detr", DRAWN | {"teacher_size": [80, 96]}, ["--views", "2"]),
+    ],
+)
+def test_the_feature_maps_are_the_teachers(places, tmp_path, teacher, data, options):
+    folder = build(tmp_path, settings(places, teacher, data, MAPS), *options)
+    live = parts_of(settings(places, teacher, data, MAPS), tmp_path / "out")
+    kept = live.from_disk(parts_of(settings(places, teacher, data, MAPS, cache=folder)).cache)
+    trainers = [live.trainer(), kept.trainer()]
+    for epoch in range(2):
+        for trainer in trainers:
+            trainer.train_dataset.set_epoch(epoch)
+        losses, from_disk = first_losses(live, trainers)
+        assert losses.keys() == from_disk.keys() and len(losses) == 6
+        for name in losses:
+            assert from_disk[name] == pytest.approx(losses[name], rel=1e-3), name
+        ours, theirs = (batches(trainer, epoch)[1] for trainer in trainers)
+        a, b = trainers[0].ask_teacher(ours), trainers[1].ask_teacher(theirs)
+        assert torch.equal(a.mask, b.mask) and bool(b.mask.all()) is (teacher != "rt_detr")
+        # One tensor for both says that the student's maps need no resampling.
+        assert (b.mask is theirs["pixel_mask"]) is (a.mask is ours["pixel_mask"]) is (data == FLIP)
+
+
+def test_only_the_levels_that_a_student_reads_are_kept(places, tmp_path):
+    values = settings(places, method=[FGD, {"name": "asd", "layers": 1}])
+    small = json.loads(json.dumps(values))
+    small["model"]["student"]["config"] |= {"num_feature_levels": 1}
+    small["model"]["student"]["config"]["backbone_config"] |= {"out_features": ["stage4"]}
+    folder = build(tmp_path, small)
+    shard = load_file(folder / "predictions-00000-of-00003.safetensors")
+    assert {name: x.shape for name, x in shard.items() if name.startswith("map")} == {"map_2": (10, 32, 3, 3)}
+    assert shard["map_2"].dtype == torch.float16 and shard["logits"].shape[1] == 1
+    values["model"]["teacher_cache"] = str(folder)
+    with pytest.raises(UserError, match="fgd reads feature maps of stride 8, 16, 64 of .* holds those of stride 32: "):
+        parts_of(values).method  # noqa: B018
+
+
+def test_feature_maps_fit_into_half_precision():
+    output = output_of()
+    wide, narrow = torch.tensor([1e6, -1e6, 3.0, 1e-5]), torch.tensor([0.1, 3e4]).bfloat16()  # as under autocast
+    output.features = [x.view(1, -1, 1, 1) for x in (wide, narrow)]
+    spec = replace(make_pair("alike")[1].spec, strides=(8, 16))
+    contents = Contents(["logits", "boxes", "features"], [2], [0, 1])
+    back = restore(encode(output, contents, False), spec, {}).features
+    assert back[0].flatten().tolist() == [65504, -65504, 3, pytest.approx(1e-5, rel=1e-2)]
+    assert back[1].dtype == torch.float32 and torch.equal(back[1].flatten(), narrow.float())
 
 
 # -- what is kept ----------------------------------------------------------------------------------------------------
 
 
 OPTIONS = {
-    "detrdistill": {"feature_weight": 0.0, "contrastive_weight": 0.1},
+    "clockdistill": {"class_weight": 0.0, "box_weight": 0.0, "giou_weight": 0.0},
+    "detrdistill": {"contrastive_weight": 0.1},
     "kd_detr": {"general_class_weight": 0.0, "general_box_weight": 0.0, "general_giou_weight": 0.0},
     "d3etr": {f"{g}_{a}_attention_weight": 0.0 for g in ("fixed", "adaptive") for a in ("self", "cross")},
 }
 UNLIKE = ("other numbers", "one map", "sides")  # pairs of `test_methods`
 KEPT = ("asd", "balanced_pairs", "d3etr", "detrdistill", "index_pairing", "kd_detr", "ld", "pseudo_labels")
+MAPS_ALONE = ("clockdistill", "fgd", "fitnet", "mgd")
 
 
-@pytest.mark.parametrize(("name", "pair"), [(name, pair) for name, pair in SERVED if name in KEPT and pair in UNLIKE])
+@pytest.mark.parametrize(
+    ("name", "pair"), [(n, p) for n, p in SERVED if n in KEPT and p in UNLIKE or n in MAPS_ALONE and p == "one map"]
+)
 def test_every_method_declares_all_that_it_reads(name, pair):
     student, teacher = make_pair(pair)
     method, shared = make_method(name, student, teacher, **OPTIONS.get(name, {}))
     batch = tiny.batch(3)
-    contents = Contents.of(method.teacher_reads, method.teacher_layers, teacher.spec)
+    contents = Contents.of(method, teacher.spec)
     live = compare(method, shared, student, teacher, batch)
     softmax, spec = teacher.spec.activation == "softmax", teacher.spec
 
     def on_disk(*inputs):
         output = teacher(*inputs)
         learnt = learnt_question(output) if "question" in contents.fields else {}
-        return restore(encode(output, contents, softmax, learnt), spec, learnt)
+        return restore(encode(output, contents, softmax, learnt), spec, learnt, output.mask)
 
     on_disk.spec = spec
     kept = compare(method, shared, student, on_disk, batch)
@@ -195,7 +253,7 @@ def test_every_method_declares_all_that_it_reads(name, pair):
         assert kept[term].item() == pytest.approx(live[term].item(), rel=1e-2, abs=1e-3), term
 
 
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - set(KEPT) - {"od_detr"}))
+@pytest.mark.parametrize("name", ["clockdistill", "d3etr", "kd_detr", "qskd"])
 def test_a_method_that_needs_more_than_predictions_is_refused_before_training(places, flipped, name):
     values = settings(places, method={"name": name}, cache=flipped)
     with pytest.raises(UserError, match=f"^{name} reads .* of the teacher, which no cache holds: train it with the"):
@@ -203,8 +261,15 @@ def test_a_method_that_needs_more_than_predictions_is_refused_before_training(pl
 
 
 def test_no_predictions_are_written_that_would_not_do(places, tmp_path, capsys):
-    build(tmp_path, settings(places, method={"name": "fgd"}), code=2)
-    assert "which no cache holds" in capsys.readouterr().err and not (tmp_path / "kept").exists()
+    build(tmp_path, settings(places, method=[FGD, {"name": "qskd"}]), code=2)
+    assert "reads attention of the teacher, which no cache holds" in capsys.readouterr().err
+    build(tmp_path, settings(places, data=DRAWN | {"teacher_size": 96}, method=FGD), "--views", "2", code=2)
+    assert "feature maps, which can be kept only where the teacher sees all images in one size: set data.resize: " in (
+        capsys.readouterr().err
+    )
+    build(tmp_path, settings(places, method=FGD), "--canonical", code=2)
+    assert "--canonical: feature maps cannot be carried to a flip or a crop" in capsys.readouterr().err
+    assert not (tmp_path / "kept").exists()
 
 
 def test_what_the_cache_lacks_is_named(places, tmp_path):
@@ -212,6 +277,8 @@ def test_what_the_cache_lacks_is_named(places, tmp_path):
     assert load_file(folder / "predictions-00000-of-00003.safetensors")["logits"].shape[:2] == (10, 1)
     with pytest.raises(UserError, match="balanced_pairs reads question of the teacher, but .* holds boxes, logits"):
         parts_of(settings(places, cache=folder)).method  # noqa: B018
+    with pytest.raises(UserError, match="fgd reads features of the teacher, but .* holds boxes, logits: build one"):
+        parts_of(settings(places, method=FGD, cache=folder)).method  # noqa: B018
     with pytest.raises(UserError, match="asd reads 2 decoder layers of the teacher, but .* holds the last 1"):
         parts_of(settings(places, method={"name": "asd", "layers": 2}, cache=folder)).method  # noqa: B018
     with pytest.raises(UserError, match="moving average is another in each step"):
@@ -322,7 +389,7 @@ def test_one_prediction_an_image_moves_with_the_labels(places, tmp_path, caplog)
     }
     seen = 0
     for batch in batches(kept, 1):
-        answer = kept.cache(batch["teacher"])
+        answer = kept.cache(batch["teacher"], batch["pixel_mask"])
         assert answer.boxes.shape[1] == len(batch["labels"]) == 2 and answer.decode.own[2].shape[-1] == 2
         for label, window in zip(batch["labels"], batch["teacher"]["window"], strict=True):
             boxes = whole[int(label["image_id"])]["boxes"]
@@ -358,7 +425,7 @@ def shard_sums(folder):
 
 def writer_of(values):
     parts = parts_of(values)
-    contents = Contents.of(parts.method.teacher_reads, parts.method.teacher_layers, parts.teacher.spec)
+    contents = Contents.of(parts.method, parts.teacher.spec)
     data = parts.train_source, parts.run.data, parts.data_seed
     return CacheWriter(parts.teacher, "t", *data, contents, parts.class_names, batch_size=2)
 
@@ -378,7 +445,8 @@ def test_two_ranks_and_loader_workers_write_what_one_rank_writes(places, tmp_pat
 
 
 def test_a_stopped_build_leaves_whole_shards_and_goes_on(places, tmp_path, monkeypatch, capsys):
-    whole = build(tmp_path, settings(places), name="whole")
+    values = settings(places, method=[PAIRS, FGD])
+    whole = build(tmp_path, values, name="whole")
     put, calls = writing._Shard.put, []
 
     def stop(self, rows, stored):
@@ -389,7 +457,7 @@ def test_a_stopped_build_leaves_whole_shards_and_goes_on(places, tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(writing._Shard, "put", stop)
-        folder = build(tmp_path, settings(places), code=143)
+        folder = build(tmp_path, values, code=143)
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.endswith(f"stopped by SIGTERM; what is finished is kept in {folder}, the same command goes on")
     first = folder / "predictions-00000-of-00003.safetensors"
@@ -400,8 +468,9 @@ def test_a_stopped_build_leaves_whole_shards_and_goes_on(places, tmp_path, monke
     (folder / "predictions-00001-of-00003.safetensors.part").write_bytes(b"half")
     (folder / "predictions-00002-of-00003.safetensors").write_bytes(b"torn")
     before = first.stat().st_mtime_ns
-    build(tmp_path, settings(places))
+    build(tmp_path, values)
     assert first.stat().st_mtime_ns == before and shard_sums(folder) == shard_sums(whole)
+    assert (folder / "common.safetensors").read_bytes() == (whole / "common.safetensors").read_bytes()
     assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in whole.iterdir())
 
 

@@ -66,14 +66,13 @@ def _cache(run: RunConfig, args: argparse.Namespace) -> None:
 
 def _plan(writer: CacheWriter, num_ranks: int) -> str:
     manifest = writer.manifest
-    contents = manifest.contents
-    kept = f"{', '.join(contents.fields)} of {len(contents.layers)} decoder layers"
     size = f"{_megabytes(writer.total_bytes)} in {manifest.num_shards} shards"
     minutes = writer.seconds * manifest.num_images * manifest.views / num_ranks / 60
     ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
     return (
         f"{manifest.num_images} images, {manifest.kind}\n"
-        f"{kept}, {manifest.spec['num_queries']} queries: {size}, about {minutes:.1f} minutes on {ranks}"
+        f"{manifest.contents.summary}, {manifest.spec['num_queries']} queries: {size}, about {minutes:.1f} minutes on "
+        f"{ranks}"
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..detectors.base import DetectorOutput, DetectorSpec, Question
 from ..errors import UserError
+from ..features import pair_levels
 from ..questions import ask
 from ..registry import nearest
 from ..trust import Trust
@@ -91,6 +92,8 @@ class DistillationMethod(nn.Module):
     Attributes:
         teacher_layers: how many of the teacher's last decoder layers `compare` reads. Those that the knob `layers`
             aligns with; all for a method without that knob, unless its `__init__` says otherwise.
+        teacher_levels: which of the teacher's feature maps `compare` reads, if any: those that `AlignedMaps` pairs
+            with the student's, unless its `__init__` says otherwise.
     """
 
     config_class: type[MethodConfig]
@@ -106,6 +109,7 @@ class DistillationMethod(nn.Module):
         self.class_names = student.class_names
         layers = getattr(config, "layers", teacher.num_layers)
         self.teacher_layers = min(student.num_layers if layers is None else layers, teacher.num_layers)
+        self.teacher_levels = frozenset(level for _, level in pair_levels(student, teacher))
         self.trust = Trust(config.trust, student.activation) if config.trust else None
         self.step = 0  # optimizer steps done so far, set by the trainer; schedules and random draws read it
         self.statistics: dict[str, Tensor] = {}  # detached scalars of the last call: logged, never optimised
@@ -124,10 +128,10 @@ class DistillationMethod(nn.Module):
     def teacher_reads(self) -> frozenset[str]:
         """What `compare` reads of the teacher's output: it can be trained by predictions on disk that hold this.
 
-        "logits", "boxes", "queries", "sides" (with their frames) and "question" (`decode.own`) can be held;
-        "features", "attention" and "decode" (answers to questions that the method asks itself) cannot. By default the
-        predictions and all that `requires` says, which may be more than is read: "decode" may be required of the
-        student alone.
+        "logits", "boxes", "queries", "sides" (with their frames), "question" (`decode.own`) and "features" (with
+        `mask`) can be held; "attention" and "decode" (answers to questions that the method asks itself) cannot. By
+        default the predictions and all that `requires` says, which may be more than is read: "decode" may be required
+        of the student alone.
         """
         return frozenset({"logits", "boxes"}) | self.requires | self.teacher_requires
 

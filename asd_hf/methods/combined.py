@@ -50,6 +50,10 @@ class CombinedMethod(nn.Module):
         return max(method.teacher_layers for method in self.methods)
 
     @property
+    def teacher_levels(self) -> frozenset[int]:
+        return frozenset().union(*(method.teacher_levels for method in self.methods))
+
+    @property
     def self_taught(self) -> bool:
         return any(method.self_taught for method in self.methods)
 

@@ -73,6 +73,7 @@ class FGD(DistillationMethod):
 
     def __init__(self, config: FGDConfig, student: DetectorSpec, teacher: DetectorSpec) -> None:
         super().__init__(config, student, teacher)
+        self.teacher_layers = 1  # `trust` reads the last; the losses read maps alone
         self.maps = AlignedMaps(student, teacher)
         levels = self.maps.pairs if config.relation_weight else []
         self.student_context = nn.ModuleList(GlobalContext(teacher.hidden_size) for _ in levels)

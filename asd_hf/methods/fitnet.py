@@ -57,6 +57,7 @@ class FitNet(DistillationMethod):
 
     def __init__(self, config: FitNetConfig, student: DetectorSpec, teacher: DetectorSpec) -> None:
         super().__init__(config, student, teacher)
+        self.teacher_layers = 1  # `trust` reads the last; the losses read maps alone
         self.maps = AlignedMaps(student, teacher, always=config.always_adapt)
 
     def compare(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:

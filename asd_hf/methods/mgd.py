@@ -66,6 +66,7 @@ class MGD(DistillationMethod):
 
     def __init__(self, config: MGDConfig, student: DetectorSpec, teacher: DetectorSpec) -> None:
         super().__init__(config, student, teacher)
+        self.teacher_layers = 1  # `trust` reads the last; the losses read maps alone
         self.maps = AlignedMaps(student, teacher)
         self.generators = nn.ModuleList(_generator(teacher.hidden_size) for _ in self.maps.pairs)
 

@@ -1,6 +1,6 @@
 """How a teacher's output is stored, brought back, and carried from the whole image to a crop of it.
 
-Logits, decoder states, contents and positions are in half precision. Boxes and references are not: half precision
+Logits, decoder states, contents, positions and feature maps are in half precision. Boxes and references are not: it
 would move a box of ten pixels in an image of a thousand by several per cent of its width.
 """
 
@@ -22,6 +22,7 @@ from .manifest import Contents
 HALF = ("logits", "rest", "queries", "sides", "contents", "positions")
 LAYERED = ("logits", "boxes", "queries", "sides")
 QUESTION = ("contents", "positions", "references")
+MAP = "map_"  # and the level
 LEAST_SHARE = 1e-4  # of a box within a crop: below it lies outside, and no logit falls without end
 
 
@@ -44,7 +45,8 @@ def encode(
         (see `_keep_classes`); `boxes` (B, L, Q, 4); and, as `contents.fields` asks, `queries` (B, L, Q, D), `sides`
         (B, L, Q, 4, bins) and `side_frames` (B, Q, 4), `contents`, `positions` (B, Q, D) and `references` (B, Q, 2 or
         4), each unless the teacher asks without it; `kept` (B, Q), which queries these are, where some of the
-        question is learnt and some queries are left out.
+        question is learnt and some queries are left out; and a `map_<level>` (B, D, H, W) for each of
+        `contents.levels`.
     """
     layers = contents.layers
     tensors = {"logits": full(output.logits[layers]), "boxes": output.boxes[layers]}
@@ -64,6 +66,7 @@ def encode(
             tensors["kept"] = best.to(torch.int16)
     if contents.top_classes is not None:
         tensors |= _keep_classes(tensors["logits"], contents.top_classes, softmax)
+    tensors |= {f"{MAP}{level}": output.features[level] for level in contents.levels}
     return {name: _stored(name, x) for name, x in tensors.items()}
 
 
@@ -94,7 +97,7 @@ def _keep_classes(logits: Tensor, count: int, softmax: bool) -> dict[str, Tensor
 
 
 def _stored(name: str, x: Tensor) -> Tensor:
-    if name in HALF:
+    if name in HALF or name.startswith(MAP):
         limit = torch.finfo(torch.float16).max
         x = x.clamp(-limit, limit).half()
     elif x.is_floating_point():
@@ -102,13 +105,17 @@ def _stored(name: str, x: Tensor) -> Tensor:
     return x.detach().cpu().contiguous()
 
 
-def restore(stored: Mapping[str, Tensor], spec: DetectorSpec, learnt: Mapping[str, Tensor]) -> DetectorOutput:
+def restore(
+    stored: Mapping[str, Tensor], spec: DetectorSpec, learnt: Mapping[str, Tensor], mask: Tensor | None = None
+) -> DetectorOutput:
     """The output of a batch from its tensors: those of `encode` and, of predictions on whole images, `window`.
 
-    Its decoder cannot be asked, but `decode.own` is the teacher's question.
+    Its decoder cannot be asked, but `decode.own` is the teacher's question. A level of `features` that was not kept is
+    None.
 
     Args:
         learnt: what `learnt_question` gave, on the device of the batch.
+        mask: the teacher's canvas, which belongs to feature maps.
     """
     tensors = {name: x if name in ("classes", "kept") else x.float() for name, x in stored.items()}
     logits = tensors["logits"]
@@ -121,7 +128,8 @@ def restore(stored: Mapping[str, Tensor], spec: DetectorSpec, learnt: Mapping[st
         logits = rest.scatter(-1, tensors["classes"].long(), logits)
     tensors["logits"] = logits
     layered = {name: tensors[name].transpose(0, 1) if name in tensors else None for name in LAYERED}
-    output = DetectorOutput(**layered, side_frames=tensors.get("side_frames"))
+    features = [tensors.get(f"{MAP}{level}") for level in range(len(spec.strides))]
+    output = DetectorOutput(**layered, features=features, mask=mask, side_frames=tensors.get("side_frames"))
     question = tuple(tensors.get(name) for name in QUESTION)
     if "window" in tensors:
         contents, positions, references = question

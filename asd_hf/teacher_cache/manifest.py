@@ -20,6 +20,7 @@ from ..data.transforms import count_geometries
 from ..detectors.base import DetectorAdapter, DetectorSpec
 from ..errors import UserError
 from ..hub import without_folders
+from ..methods import CombinedMethod, DistillationMethod
 
 FORMAT = 1  # of the files
 MANIFEST = "manifest.json"
@@ -30,6 +31,7 @@ FIELDS = (
     "queries",
     "sides",
     "question",
+    "features",
 )  # what can be stored, see `DistillationMethod.teacher_reads`
 
 
@@ -40,29 +42,31 @@ class Contents:
     Attributes:
         fields: some of `FIELDS`.
         layers: of the teacher's decoder, rising.
+        levels: of the teacher's feature maps, finest first; none without "features".
         top_queries: only the best so many, by their best class probability in the last layer; None for all.
         top_classes: only the best so many classes of each query, in each layer; None for all.
     """
 
     fields: list[str]
     layers: list[int]
+    levels: list[int] = field(default_factory=list)
     top_queries: int | None = None
     top_classes: int | None = None
 
     @classmethod
     def of(
         cls,
-        reads: frozenset[str],
-        layers: int,
+        method: DistillationMethod | CombinedMethod,
         teacher: DetectorSpec,
         top_queries: int | None = None,
         top_classes: int | None = None,
     ) -> Contents:
-        """What a method needs that reads this of the last `layers` layers of a teacher.
+        """What a method needs of a teacher.
 
         Raises:
             UserError: it reads what cannot be stored, or fewer than one or more than all are to be kept.
         """
+        reads = method.teacher_reads
         if unheld := reads - set(FIELDS):
             raise UserError(
                 f"the method reads {named(unheld)} of the teacher, which no cache holds: train it with the teacher"
@@ -73,12 +77,13 @@ class Contents:
         ):
             if value is not None and not 1 <= value <= count:
                 raise UserError(f"{option} is {value}, but the teacher has {count}")
-        kept = list(range(teacher.num_layers - layers, teacher.num_layers))
-        if "question" in reads and teacher.reference_size != 4 and 0 not in kept:
-            kept = [0, *kept]  # the boxes of the first layer tell where the queries begin, see `Translator`
+        layers = list(range(teacher.num_layers - method.teacher_layers, teacher.num_layers))
+        if "question" in reads and teacher.reference_size != 4 and 0 not in layers:
+            layers = [0, *layers]  # the boxes of the first layer tell where the queries begin, see `Translator`
         return cls(
             [name for name in FIELDS if name in reads],
-            kept,
+            layers,
+            sorted(method.teacher_levels) if "features" in reads else [],
             None if top_queries == teacher.num_queries else top_queries,
             None if top_classes == len(teacher.class_names) else top_classes,
         )
@@ -87,6 +92,13 @@ class Contents:
     def num_layers(self) -> int:
         """How many of the last layers are there."""
         return len(self.layers) if self.layers[-1] - self.layers[0] == len(self.layers) - 1 else len(self.layers) - 1
+
+    @property
+    def summary(self) -> str:
+        """For people."""
+        layered = ", ".join(name for name in self.fields if name != "features")
+        maps = f" and feature maps of {len(self.levels)} levels" if self.levels else ""
+        return f"{layered} of {len(self.layers)} decoder layers{maps}"
 
 
 @dataclass(frozen=True)
@@ -111,7 +123,7 @@ class Manifest:
         images_per_shard: the last shard has fewer.
         shards: `bytes` and `sha256` of each.
         learnt: parts of the teacher's question that are the same for every image.
-        common_sha256: of the file with the ids of the images and what is `learnt`.
+        common_sha256: of the file with the ids of the images, what is `learnt`, and the mask of the teacher's canvas.
     """
 
     teacher: str

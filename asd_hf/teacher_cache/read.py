@@ -59,12 +59,16 @@ class TeacherCache:
         self.spec = self.manifest.detector_spec
         if self.folder is not None:
             self._verify_all()
-        self._learnt = load_file(self._verified(COMMON, self.manifest.common_sha256))
-        self._ids, self._places = self._learnt.pop("image_id").sort()
+        self._common = load_file(self._verified(COMMON, self.manifest.common_sha256))
+        self._ids, self._places = self._common.pop("image_id").sort()
+        # The teacher saw the student's view, as it is: its mask is then that of the batch, the same tensor.
+        self._shares_canvas = "mask" in self._common and (
+            self.manifest.view["teacher_size"] is None and bool(self._common["mask"].all())
+        )
         self._shards: dict[int, dict[str, Tensor]] = {}
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_shards": {}, "_learnt": {}}  # a loader worker maps shards itself and makes no output
+        return self.__dict__ | {"_shards": {}, "_common": {}}  # a loader worker maps shards itself and makes no output
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -128,6 +132,15 @@ class TeacherCache:
                     f"{name_of(part)} reads {named(missing)} of the teacher, but {self.location} holds "
                     f"{named(contents.fields)}: build one for this method (asd-hf cache)"
                 )
+            if "features" in part.teacher_reads and (unheld := part.teacher_levels - set(contents.levels)):
+                wanted, there = (
+                    ", ".join(str(self.spec.strides[level]) for level in sorted(levels))
+                    for levels in (unheld, contents.levels)
+                )
+                raise UserError(
+                    f"{name_of(part)} reads feature maps of stride {wanted} of the teacher, but {self.location} holds "
+                    f"those of stride {there}: build one for this student (asd-hf cache)"
+                )
             if part.teacher_layers > contents.num_layers:
                 raise UserError(
                     f"{name_of(part)} reads {part.teacher_layers} decoder layers of the teacher, but {self.location} "
@@ -165,8 +178,12 @@ class TeacherCache:
             tensors["window"] = torch.tensor([geometry.flip, left / width, top / height, w / width, h / height])
         return tensors
 
-    def __call__(self, stored: Mapping[str, Tensor]) -> DetectorOutput:
-        """The teacher's output of a batch of what `read` gave."""
-        device = stored["logits"].device
-        self._learnt = {name: x.to(device) for name, x in self._learnt.items()}  # moves them once
-        return restore(stored, self.spec, self._learnt)
+    def __call__(self, stored: Mapping[str, Tensor], pixel_mask: Tensor) -> DetectorOutput:
+        """The teacher's output of a batch of what `read` gave, whose student's view has this mask (B, H, W)."""
+        logits = stored["logits"]
+        self._common = {name: x.to(logits.device) for name, x in self._common.items()}  # moves them once
+        learnt = dict(self._common)
+        mask = learnt.pop("mask", None)
+        if mask is not None:
+            mask = pixel_mask if self._shares_canvas else mask.expand(len(logits), -1, -1)
+        return restore(stored, self.spec, learnt, mask)

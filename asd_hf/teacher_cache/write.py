@@ -74,7 +74,8 @@ class CacheWriter:
         precision, autocast: name and context of the precision in which the teacher computes.
 
     Raises:
-        UserError: `views` are asked for and not drawn, or not and needed; or the method cannot do with `canonical`.
+        UserError: `views` are asked for and not drawn, or not and needed; or what the method reads cannot be had in
+            views of unequal size, or with `canonical`.
     """
 
     def __init__(
@@ -96,6 +97,12 @@ class CacheWriter:
     ) -> None:
         self.teacher, self.num_workers, self.autocast = teacher, num_workers, autocast
         self.device = next(teacher.model.parameters()).device
+        if contents.levels and teacher_view(config).resize != "fixed":
+            raise UserError(
+                "the method reads feature maps, which can be kept only where the teacher sees all images in one size: "
+                "set data.resize: fixed with data.fixed_size, or data.teacher_size: [height, width], or train with "
+                "the teacher itself"
+            )
         names = teacher.spec.class_names
         self.columns = shared_columns(names, class_names, class_map)
         spec = replace(teacher.spec, class_names=tuple(names[i] for i in self.columns))
@@ -137,6 +144,7 @@ class CacheWriter:
         self.seconds = max(decoding / self.num_workers, asking) if self.num_workers else decoding + asking
         asks = "question" in self.manifest.contents.fields and len(rows) > 1
         self.learnt = learnt_question(output) if asks else {}
+        self.canvas = {"mask": output.mask[0].cpu()} if self.manifest.contents.levels else {}
         stored = self._encode(output)
         self.bytes = sum(x[0].numel() * x.element_size() for x in stored.values())
         largest = max(1, SHARD_BYTES // (self.bytes * views))
@@ -217,7 +225,7 @@ class CacheWriter:
         ids = torch.cat([load_file(file)["image_id"][:: manifest.views] for file in shards])
         if len(ids.unique()) < len(ids):
             raise UserError("two images of the training data have the same id: predictions are found by their ids")
-        _save_whole(output / COMMON, self.learnt | {"image_id": ids})
+        _save_whole(output / COMMON, self.learnt | self.canvas | {"image_id": ids})
         manifest = replace(
             manifest,
             shards=[json.loads(note.read_text()) for note in notes],
@@ -355,6 +363,11 @@ def _number_of_views(
             raise UserError("--canonical keeps one prediction an image: leave out --views")
         if "sides" in contents.fields:
             raise UserError("--canonical: distributions over the sides of boxes cannot be carried to a crop")
+        if contents.levels:
+            raise UserError(
+                "--canonical: feature maps cannot be carried to a flip or a crop: build an exact cache, with --views "
+                "where crops are drawn"
+            )
         if "question" in contents.fields and not teacher.spec.reference_size:
             raise UserError(
                 f"--canonical: the queries of {teacher.spec.family} say by their contents where they look, which a "
@@ -382,12 +395,11 @@ def _count_rows(source: Source) -> list[int]:
 
 def _card(manifest: Manifest) -> str:
     data = DatasetCardData(task_categories=["object-detection"], tags=["asd_hf", "knowledge-distillation"])
-    contents = manifest.contents
     return (
         f"---\n{data.to_yaml()}\n---\n\n# Predictions of {manifest.teacher}\n\n"
         f"What this detector says of {manifest.num_images} images, to train students by asd_hf without it: "
-        f"`model.teacher_cache`.\n\n- {manifest.kind}\n- {', '.join(contents.fields)} of {len(contents.layers)} "
-        f"decoder layers and {manifest.spec['num_queries']} queries, found by image id\n\n"
+        f"`model.teacher_cache`.\n\n- {manifest.kind}\n- {manifest.contents.summary}, "
+        f"{manifest.spec['num_queries']} queries, found by image id\n\n"
         "`manifest.json` says what they were made of, and has the checksum of each file.\n"
     )
 
