@@ -97,7 +97,7 @@ class Contents:
     def summary(self) -> str:
         """For people."""
         layered = ", ".join(name for name in self.fields if name != "features")
-        maps = f" and feature maps of {len(self.levels)} levels" if self.levels else ""
+        maps = f" and {len(self.levels)} feature maps" if self.levels else ""
         return f"{layered} of {len(self.layers)} decoder layers{maps}"
 
 
