@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from asd_hf.classes import SharedClasses
 from asd_hf.criterion import DetectionCriterion
@@ -187,6 +188,14 @@ def test_the_teacher_is_waited_for_before_it_is_read():
     batch = double_batch()
     module(batch["pixel_values"], batch["pixel_mask"], batch["labels"], see(teacher), lambda: order.append("joined"))
     assert order == ["encoded", "joined", "asked", "joined"]
+
+
+def test_flash_attention_which_takes_no_such_mask_answers_in_a_pass_of_its_own(monkeypatch):
+    adapter = double("deformable_detr")
+    questions = two_questions(adapter)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    adapter.model.config._attn_implementation_internal = "flash_attention_2"  # as if it were installed
+    assert not see(adapter, lambda: questions).answers
 
 
 def test_who_is_watched_or_has_nothing_to_say_is_not_asked_together():
