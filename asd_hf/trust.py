@@ -34,7 +34,7 @@ class Trust(nn.Module):
 
     @torch.no_grad()
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict], step: int) -> Tensor:
-        """A scalar in [0, 1], without gradient; 1 before the first batch with labels.
+        """A scalar in [0, 1], without gradient; `factor`, at most 1, before the first comparison with labels.
 
         Args:
             student, teacher, labels: as in `DistillationMethod.forward`.

@@ -311,6 +311,8 @@ def test_methods_add_up_and_keep_their_names():
     together = compare(both, shared, student, teacher, tiny.batch(2))
     assert together.keys() == alone.keys() and all(torch.equal(together[term], alone[term]) for term in alone)
     assert set(both.statistics) == set(parts["asd"].statistics) | set(parts["fgd"].statistics)
+    with pytest.raises(UserError, match="two of the methods give a loss fgd_.*: give each a name of its own"):
+        compare(CombinedMethod({"fgd": parts["fgd"], "mine": parts["fgd"]}), shared, student, teacher, tiny.batch(2))
 
 
 def test_gradients_are_measured_beyond_the_predictions_where_a_method_acts_there():

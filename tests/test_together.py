@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from asd_hf.classes import SharedClasses
 from asd_hf.criterion import DetectionCriterion
 from asd_hf.detectors import get_adapter
 from asd_hf.distiller import Distiller
 from asd_hf.methods import CombinedMethod, get_method
+from asd_hf.methods.kd_detr import KDDETR
 from tests import tiny
 from tests.families import FAMILIES
 
@@ -91,6 +93,17 @@ def test_answers_and_predictions_are_those_of_a_pass_each(name, attention):
     assert all((x - y).abs().max() <= slack for x, y in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("name", ["deformable_detr", "rt_detr"])
+def test_a_configuration_that_records_states_changes_nothing(name):
+    adapter = double(name, "eager")
+    questions = two_questions(adapter)
+    expected = see(adapter, lambda: questions)
+    adapter.model.config.output_hidden_states = adapter.model.config.output_attentions = True
+    found = see(adapter, lambda: questions)
+    for one, other in ((found, expected), (found.answers["second"], expected.answers["second"])):
+        assert torch.equal(one.logits, other.logits) and torch.equal(one.boxes, other.boxes)
+
+
 @pytest.mark.parametrize("name", ["deformable_detr_two_stage"])
 def test_layers_computed_again_in_the_backward_pass_keep_the_queries_apart(name):
     found = []
@@ -143,6 +156,29 @@ def test_methods_have_the_losses_of_a_pass_of_their_own(student, names, monkeypa
             torch.testing.assert_close(joint.gradient_norms[name], apart.gradient_norms[name], rtol=1e-6, atol=1e-8)
 
 
+class First(KDDETR):
+    def compare(self, *inputs):
+        return {f"first_{name}": loss for name, loss in super().compare(*inputs).items()}
+
+
+class Second(KDDETR):
+    def compare(self, *inputs):
+        return {f"second_{name}": loss for name, loss in super().compare(*inputs).items()}
+
+
+def test_methods_of_one_file_have_each_their_own_answer(monkeypatch):
+    adapter = double("deformable_detr", "eager")
+    teacher = get_adapter(*FAMILIES["deformable_detr"](num_queries=9, d_model=64, seed=1))  # each translates
+    teacher.model.double()
+    told, names = see(teacher), [f"{__name__}:{kind.__name__}" for kind in (First, Second)]
+    joint = losses(distiller(adapter, teacher, names), told).losses
+    monkeypatch.setattr(type(adapter), "asks_together", False)
+    apart = losses(distiller(adapter, teacher, names), told).losses
+    assert apart["first_kd_detr_specific_box"] != apart["second_kd_detr_specific_box"]
+    for name in ("first_kd_detr_specific_box", "second_kd_detr_specific_box"):
+        torch.testing.assert_close(joint[name], apart[name], **DOUBLE)
+
+
 def test_the_teacher_is_waited_for_before_it_is_read():
     adapter, order = double("deformable_detr"), []
     teacher = get_adapter(copy.deepcopy(adapter.model), adapter.processor)
@@ -154,6 +190,14 @@ def test_the_teacher_is_waited_for_before_it_is_read():
     assert order == ["encoded", "joined", "asked", "joined"]
 
 
+def test_flash_attention_which_takes_no_such_mask_answers_in_a_pass_of_its_own(monkeypatch):
+    adapter = double("deformable_detr")
+    questions = two_questions(adapter)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    adapter.model.config._attn_implementation_internal = "flash_attention_2"  # as if it were installed
+    assert not see(adapter, lambda: questions).answers
+
+
 def test_who_is_watched_or_has_nothing_to_say_is_not_asked_together():
     adapter = double("deformable_detr")
     teacher = get_adapter(copy.deepcopy(adapter.model), adapter.processor)
@@ -161,7 +205,7 @@ def test_who_is_watched_or_has_nothing_to_say_is_not_asked_together():
     idle = distiller(adapter, teacher, ["balanced_pairs"], weight=0.0)
     assert not idle.method.questions(told)
     questions = distiller(adapter, teacher, ["balanced_pairs"]).method.questions(told)
-    assert list(questions) == ["balanced_pairs"] and see(adapter, lambda: questions).answers
+    assert len(questions) == 1 and see(adapter, lambda: questions).answers
     adapter.watch_attention()
     watched = see(adapter, lambda: questions)
     assert not watched.answers and watched.attention.queries.shape[-1] == adapter.spec.num_queries

@@ -36,7 +36,7 @@ PHASES = {  # column -> phases of the step, see `Distiller` and `DistillationTra
 OWN_FORWARD = ("extra decoding", "matching", "method's loss")
 STOCK = "Transformers' own"  # its model, its loss, its labels: what its example of detection trains with
 TEACHER_TOO = f"{NO_METHOD} + teacher"  # plain training, with a teacher that is asked and not heard
-SETTLED = 10**9  # a step at which every schedule has ended
+SETTLED = 10**9  # a step at which every schedule has ended; one of those in which `trust` compares
 EMA_DECAY = 0.9998  # of a student that teaches itself, if the run has none
 
 Seconds = dict[str, float]  # of a step, by phase

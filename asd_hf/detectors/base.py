@@ -14,6 +14,7 @@ from itertools import chain
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers.utils.generic import is_flash_attention_requested
 
 from ..errors import UserError
 from ..ops import full
@@ -167,9 +168,10 @@ class DetectorAdapter:
                 families that cannot do so (`asks_together`) nothing is asked, and there are no `answers`.
         """
         pixels, mask = self.prepare(pixel_values, pixel_mask)
-        # What is watched is the attention of the model's own queries.
+        # What is watched is the attention of the model's own queries, and flash attention keeps no queries apart.
+        alone = self.with_attention or is_flash_attention_requested(self.model.config)
         beside = {}
-        if questions is not None and self.asks_together and not self.with_attention:
+        if questions is not None and self.asks_together and not alone:
             beside["questions"] = questions
         if not self.sees_padding:
             output = self.forward(pixels, mask, labels, **beside)

@@ -41,7 +41,9 @@ def decoding_together(
         joint = {name: torch.cat([group[name].to(own[name].dtype) for group in groups], 1) for name in arguments}
         mask = _apart(sizes, own[arguments[0]], own.get(mask_name))
         output = forward(**own | joint | {mask_name: mask})
-        parts = [dict(part) for part in zip(*(_split(key, x, sizes) for key, x in output.items()), strict=True)]
+        # Not tensors are the states of each layer, if the configuration has them recorded; no adapter reads them.
+        read = {key: x.split(sizes, -2) for key, x in output.items() if isinstance(x, Tensor)}
+        parts = [dict(zip(read, part, strict=True)) for part in zip(*read.values(), strict=True)]
         answers.update(zip(asked, (type(output)(**part) for part in parts[1:]), strict=True))
         return type(output)(**parts[0])
 
@@ -62,7 +64,3 @@ def _apart(sizes: list[int], like: Tensor, own: Tensor | None) -> Tensor:
     if own is not None:
         mask[: sizes[0], : sizes[0]] = own
     return mask[None, None]
-
-
-def _split(key: str, x: Tensor, sizes: list[int]) -> list[tuple[str, Tensor]]:
-    return [(key, part) for part in x.split(sizes, -2)]

@@ -173,14 +173,19 @@ class DistillationMethod(nn.Module):
         return None
 
     def questions(self, teacher: DetectorOutput) -> dict[str, Question]:
-        """The `question` by the name of the method, if there is one and the method is to change anything."""
+        """The `question` by the name of the class, if there is one and the method is to change anything."""
         question = self.question(teacher) if self.config.weight else None
-        return {} if question is None else {name_of(self): question}
+        return {} if question is None else {self._asker: question}
 
     def answer(self, student: DetectorOutput, teacher: DetectorOutput) -> DetectorOutput:
         """The student's answer to the `question`, which is asked now if it was not asked together with its own."""
-        answer = student.answers.get(name_of(self))
+        answer = student.answers.get(self._asker)
         return ask(student, self.question(teacher)) if answer is None else answer
+
+    @property
+    def _asker(self) -> str:
+        """A name that no other method has, as `name_of` may where several stand in one file."""
+        return f"{type(self).__module__}:{type(self).__qualname__}"
 
     def matrices(self, student: DetectorOutput, teacher: DetectorOutput) -> dict[str, Tensor]:
         """For a report: how a method without matching samples both models' queries in their last decoder layer.

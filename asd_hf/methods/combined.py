@@ -78,4 +78,10 @@ class CombinedMethod(nn.Module):
         return {name: question for method in self.methods for name, question in method.questions(teacher).items()}
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, labels: list[dict]) -> dict[str, Tensor]:
-        return {name: loss for method in self.methods for name, loss in method(student, teacher, labels).items()}
+        losses: dict[str, Tensor] = {}
+        for method in self.methods:
+            own = method(student, teacher, labels)
+            if twice := own.keys() & losses.keys():
+                raise UserError(f"two of the methods give a loss {min(twice)}: give each a name of its own")
+            losses |= own
+        return losses
