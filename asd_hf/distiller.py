@@ -82,7 +82,7 @@ class Distiller(nn.Module):
                 of these predictions alone, or the method acts on more of the student than its predictions.
         """
         questions = None
-        if teacher is not None:
+        if teacher is not None and self.method.asks:
 
             def questions() -> dict[str, Question]:
                 if join_teacher is not None:

@@ -172,9 +172,14 @@ class DistillationMethod(nn.Module):
         """
         return None
 
+    @property
+    def asks(self) -> bool:
+        """Whether it may have a `question`."""
+        return bool(self.config.weight) and type(self).question is not DistillationMethod.question
+
     def questions(self, teacher: DetectorOutput) -> dict[str, Question]:
         """The `question` by the name of the class, if there is one and the method is to change anything."""
-        question = self.question(teacher) if self.config.weight else None
+        question = self.question(teacher) if self.asks else None
         return {} if question is None else {self._asker: question}
 
     def answer(self, student: DetectorOutput, teacher: DetectorOutput) -> DetectorOutput:

@@ -74,6 +74,10 @@ class CombinedMethod(nn.Module):
     def statistics(self) -> dict[str, Tensor]:
         return {name: value for method in self.methods for name, value in method.statistics.items()}
 
+    @property
+    def asks(self) -> bool:
+        return any(method.asks for method in self.methods)
+
     def questions(self, teacher: DetectorOutput) -> dict[str, Question]:
         return {name: question for method in self.methods for name, question in method.questions(teacher).items()}
 

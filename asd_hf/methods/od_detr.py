@@ -138,9 +138,6 @@ class ODDETR(DistillationMethod):
             for name, loss in losses.items()
         }
 
-    def question(self, teacher: DetectorOutput) -> Question | None:
-        return _detached(teacher.decode.own) if self.config.predicts else None
-
     # -- (i) matching distillation -------------------------------------------------------------------------------
 
     def _matching(
@@ -213,7 +210,8 @@ class ODDETR(DistillationMethod):
 
     def _prediction(self, student: DetectorOutput, teacher: DetectorOutput) -> dict[str, Tensor]:
         """Distances of the student's answers to the teacher's queries from the teacher's, layers summed."""
-        answer = self.answer(student, teacher)
+        # In a pass of its own: while the two are equal, so are their answers, to the last bit.
+        answer = ask(student, _detached(teacher.decode.own))
         with torch.autocast(student.logits.device.type, enabled=False):
             l1, giou = box_distances(full(answer.boxes), full(teacher.boxes.detach()))
             divergence = class_divergence(full(answer.logits), full(teacher.logits.detach()), self.softmax)
