@@ -485,8 +485,13 @@ def test_sources_that_cannot_be_understood(tmp_path, monkeypatch):
     path = write_tars(tmp_path / "names", stored)
     with pytest.raises(UserError, match="categories are numbers without names"):
         open_source(path, "val")
-    with pytest.raises(UserError, match="holds no split 'train'"):
+    with pytest.raises(UserError, match="holds no split 'train'.*; splits found: val$"):
         open_source(path, "train")
+    for beside in ("train/_annotations.coco.json", "valid/_annotations.coco.json", "data/test-0.parquet"):
+        (tmp_path / "beside" / beside).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "beside" / beside).write_text("")
+    with pytest.raises(UserError, match="; splits found: test, train, valid$"):
+        open_source(str(tmp_path / "beside"), "val")
     saved = write_table(tmp_path / "saved", "saved", *table("lists"))
     with pytest.raises(UserError, match="no split 'test'; its splits: train, val"):
         open_source(saved, "test")

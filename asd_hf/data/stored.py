@@ -19,6 +19,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from ..errors import UserError
 from .cache import digest
+from .coco import BESIDE_IMAGES
 from .columns import BOX_FIELDS, IMAGE_COLUMNS, OBJECT_COLUMNS, find, first_line, leaf
 from .faults import is_text, is_whole
 from .rows import MAX_SHARDS, cut_evenly, read_rows
@@ -65,7 +66,7 @@ def open_folder(folder: Path, split: str, labelled: bool) -> Raw:
     raise UserError(
         f"{folder} holds no split {split!r}: looked for annotations/instances_{split}.json, "
         f"{split}/_annotations.coco.json, a data set saved with save_to_disk, and {split}-*, data/{split}-* or "
-        f"{split}/* with .parquet or .tar"
+        f"{split}/* with .parquet or .tar; splits found: {', '.join(sorted(_splits(folder))) or 'none'}"
     )
 
 
@@ -133,6 +134,16 @@ def _is_saved(folder: Path) -> bool:
 def _find_shards(folder: Path, split: str, suffix: str) -> list[Path]:
     patterns = [f"{split}.{suffix}", f"{split}-*.{suffix}", f"data/{split}-*.{suffix}", f"{split}/*.{suffix}"]
     return sorted(path for pattern in patterns for path in folder.glob(pattern))
+
+
+def _splits(folder: Path) -> set[str]:
+    """Those that shards, and files of annotations among images, are named by."""
+    folders = {path.parent.name for path in folder.glob(f"*/{BESIDE_IMAGES}")}
+    shards = [
+        path for suffix in ("parquet", "tar") for depth in ("", "*/") for path in folder.glob(f"{depth}*.{suffix}")
+    ]
+    named = (folder, folder / "data")  # a shard in these begins with the name of its split
+    return folders | {p.stem.partition("-")[0] if p.parent in named else p.parent.name for p in shards}
 
 
 def _open_saved(folder: Path, split: str, labelled: bool) -> Raw:
