@@ -21,7 +21,7 @@ from ..phases import Stopwatch
 from ..teacher_cache import TeacherCache
 from ..trainer import DistillationTrainer
 from .sidebyside import Row, format_table, seconds, spread, take_turns
-from .step import SETTLED, one_step, stand_still
+from .step import SETTLED, checkpoint_activations, one_step, stand_still
 
 ALL = "all predictions"
 
@@ -75,6 +75,8 @@ def measure_cache(
     plain, live = parts.under({}, None).trainer(), parts.trainer()
     kept = {name: parts.from_disk(cache).trainer() for name, cache in caches.items()}
     losses = first_losses(parts, [live, *kept.values()])
+
+    checkpoint_activations(plain)
 
     def step(trainer: DistillationTrainer) -> Callable[[], float]:
         stand_still(trainer.create_optimizer())

@@ -86,6 +86,7 @@ def measure_steps(
     device = parts.run.training.device
     watch = make_watch(device, cpu_time)
     plain = parts.under({}, None).trainer()
+    checkpoint_activations(plain)
     trainers: dict[str, DistillationTrainer] = {}
     refused: dict[str, str] = {}
     for name, configs in methods.items():
@@ -160,6 +161,15 @@ def make_trainer(parts: Parts, methods: Mapping[str, MethodConfig]) -> Distillat
         args.ema_decay = decay
     trainer.watch_attention(False)  # the models are shared: each step asks for what it needs
     return trainer
+
+
+def checkpoint_activations(trainer: DistillationTrainer) -> None:
+    """As `Trainer.train` does before its first step; of the student, which other trainers may share."""
+    args = trainer.args
+    if args.activation_checkpointing:
+        options = dict(args.activation_checkpointing_kwargs or {})
+        own = {key: options.pop(key) for key in ("every_n_layers", "offload") if key in options}
+        trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None, **own)
 
 
 def stand_still(optimizer: torch.optim.Optimizer) -> None:
