@@ -197,6 +197,11 @@ def test_teachers_that_differ_have_rows_of_their_own():
     ]
 
 
+def test_a_teacher_of_many_is_named_by_the_first():
+    runs = study({"none": 0.3, "fgd": 0.3, "ld": 0.3}) + study({"weak": 0.35, "weak_asd": 0.3}, teacher=0.1)
+    assert [row[0] for row in table(runs)[1:3]] == ["teacher", "teacher of weak and 1 more"]
+
+
 def test_a_markdown_table_is_aligned_and_its_cells_stay_whole():
     lines = to_markdown([["method", "AP", "verdict"], ["a|b", "31.2", "better"], ["two\nlines", "-", "-"]]).split("\n")
     assert lines == [
@@ -305,6 +310,16 @@ def test_no_name_covers_another_or_a_point():
         assert not box.count_overlaps(boxes[:index] + boxes[index + 1 :])
         assert not any(box.contains(*axes.transData.transform(text.xy)) for text in labels)
         assert axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
+
+
+def test_of_many_methods_the_costs_name_those_with_lines():
+    few, many = (make_scene("easy", study({"none": 0.3, **names(n)}), "none") for n in (15, 16))
+    shown = [{text.get_text() for text in draw_cost(scene).axes[0].texts} for scene in (few, many)]
+    assert shown[0] >= set(few.methods) and len(few.lines) < len(few.methods) == 16
+    assert shown[1] & set(many.methods) == set(many.lines)
+    figure = draw_cost(many)
+    assert sum(line.get_color() == "#BBBBBB" for line in figure.axes[0].lines) == 17 - len(many.lines)
+    assert figure.get_suptitle().endswith("; the other methods in grey")
 
 
 def test_statistics_of_methods_are_drawn_and_losses_are_not():

@@ -18,11 +18,11 @@ from matplotlib.transforms import Bbox
 
 from .records import BY_CLASS, GRADIENTS, curve, gains_over, logged_statistics, mean_ap, ranked, teachers
 
-MOST_METHODS, BEST, MOST_PANELS, MOST_CLASSES = 8, 6, 6, 12
+MOST_METHODS, BEST, MOST_NAMES, MOST_PANELS, MOST_CLASSES = 8, 6, 16, 6, 12
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255")  # of Okabe and Ito, and of Tol
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))  # another each time the palette is used up,
 MARKERS = "osD^"  # and so with the points
-BASELINE, TEACHER = "#444444", "#000000"  # colours
+BASELINE, TEACHER, NAMELESS = "#444444", "#000000", "#BBBBBB"  # colours
 DPI = 110
 GAPS = range(9, 120, 9)  # pixels between a point and its name
 FAR = 1.5  # a teacher this many times above the best method is left out of the scale: it would press the curves flat
@@ -99,12 +99,19 @@ def draw_curves(scene: Scene) -> Figure:
 
 
 def draw_cost(scene: Scene) -> Figure:
-    """AP at the end against milliseconds a step: a point a method, bars of one standard deviation over seeds."""
+    """AP at the end against milliseconds a step: a point a method, bars of one standard deviation over seeds.
+
+    Of more than 16 methods, those that have no line in other pictures are points without a name.
+    """
     figure, [axes] = _panels(1, 1, 7.4, 4.8)
     points, taken = [], []
+    named = scene.methods if len(scene.methods) <= MOST_NAMES else scene.lines
     for name, runs in scene.methods.items():
         sides = [[run["ms_per_step"] for run in runs], [100 * run["metrics"]["AP"] for run in runs]]
         x, y = map(fmean, sides)
+        if name not in named:
+            axes.plot(x, y, ".", color=NAMELESS)
+            continue
         dx, dy = (stdev(side) if len(runs) > 1 else 0.0 for side in sides)
         look = scene.looks[name]
         axes.errorbar(x, y, dy, dx, fmt=look.marker, color=look.colour, markersize=6, elinewidth=1.1, capsize=2)
@@ -117,7 +124,10 @@ def draw_cost(scene: Scene) -> Figure:
         taken.append([(x, ap) for x in axes.get_xlim()])
         where = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
         axes.annotate(f"{name}\n{ap:.1f}", (1, height), (6, 0), va="center", fontsize=8.5, parse_math=False, **where)
-    _title(figure, f"{scene.setting}: AP at the end and the time of a step (bars: standard deviation over seeds)")
+    unseen = "; the other methods in grey" * (len(named) < len(scene.methods))
+    _title(
+        figure, f"{scene.setting}: AP at the end and the time of a step (bars: standard deviation over seeds){unseen}"
+    )
     _label_points(axes, points, taken)
     return figure
 

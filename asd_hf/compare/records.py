@@ -112,7 +112,11 @@ def teachers(runs: Sequence[dict]) -> dict[str, float]:
         if run["teacher"] is not None:
             taught.setdefault(round(run["teacher"]["AP"], 4), {})[run["method"]] = None
     usual = max(taught, key=lambda ap: len(taught[ap]), default=None)
-    return {"teacher" if ap == usual else f"teacher of {', '.join(methods)}": ap for ap, methods in taught.items()}
+    names: dict[str, float] = {}
+    for ap, (first, *others) in taught.items():
+        more = f" and {len(others)} more" * bool(others)
+        names["teacher" if ap == usual else f"teacher of {first}{more}"] = ap
+    return names
 
 
 class Curve(NamedTuple):
