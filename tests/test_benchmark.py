@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from asd_hf.benchmark import data, evaluation, loss, step
+from asd_hf.benchmark import cache, data, evaluation, loss, step
 from asd_hf.build import Parts
 from asd_hf.commands import run
 from asd_hf.config import load_config
@@ -262,16 +262,24 @@ def test_mistakes_about_the_loss_are_one_line(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_predictions_on_disk_are_measured(tmp_path, capsys):
-    file, numbers = tmp_path / "run.yaml", tmp_path / "a.json"
+def test_predictions_on_disk_are_measured(tmp_path, capsys, monkeypatch):
+    file, numbers, checkpointing = tmp_path / "run.yaml", tmp_path / "a.json", []
+
+    def spy(trainer, *args):
+        checkpointing.append(trainer.model.student.is_activation_checkpointing)
+        return step.one_step(trainer, *args)
+
+    monkeypatch.setattr(cache, "one_step", spy)
     sizes = {"resize": "fixed", "fixed_size": [64, 64], "augmentation": "flip"}
     method = {"name": "balanced_pairs", "trust": 0.0}
     values = configuration(write_places(tmp_path / "places"), data=sizes, per_device_eval_batch_size=2)
+    values["training"]["activation_checkpointing"] = True
     file.write_text(yaml.safe_dump(values | {"method": method}))
     arguments = ["cache", "--config", str(file), "--rounds", "2", "--json", str(numbers)]
     assert run("benchmark", [*arguments, "--images", "13"]) == 2
     assert "--images 13: " in capsys.readouterr().err
     assert run("benchmark", [*arguments, "--images", "6", "--top-queries", "4", "--top-classes", "2"]) == 0
+    assert checkpointing and all(checkpointing)
     shown = capsys.readouterr().out
     *rows, whole, best = json.loads(numbers.read_text())
     assert [row["name"] for row in rows] == [

@@ -75,7 +75,6 @@ def measure_cache(
     plain, live = parts.under({}, None).trainer(), parts.trainer()
     kept = {name: parts.from_disk(cache).trainer() for name, cache in caches.items()}
     losses = first_losses(parts, [live, *kept.values()])
-
     checkpoint_activations(plain)
 
     def step(trainer: DistillationTrainer) -> Callable[[], float]:
